@@ -1,0 +1,25 @@
+# Third-party code. torch comes from a Python environment (./.venv unless SPARSEK_PYTHON names another); its headers
+# are system headers, so our warnings do not apply to them.
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+find_package(Threads REQUIRED)
+find_package(fmt REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(GTest REQUIRED)
+find_package(PkgConfig REQUIRED)
+pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
+
+set(SPARSEK_PYTHON "${PROJECT_SOURCE_DIR}/.venv/bin/python" CACHE FILEPATH "Python whose torch the build uses")
+if(NOT Torch_DIR)
+  execute_process(COMMAND ${SPARSEK_PYTHON} -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+                  OUTPUT_VARIABLE SPARSEK_TORCH_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE SPARSEK_TORCH_MISSING)
+  if(SPARSEK_TORCH_MISSING)
+    message(FATAL_ERROR "no torch in ${SPARSEK_PYTHON}: run `make setup`, or pass -DSPARSEK_PYTHON=/path/to/python")
+  endif()
+  set(Torch_DIR ${SPARSEK_TORCH_ROOT}/share/cmake/Torch)
+endif()
+find_package(Torch REQUIRED)
+
+add_library(sparsek_torch INTERFACE)
+target_include_directories(sparsek_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
+target_link_libraries(sparsek_torch INTERFACE ${TORCH_LIBRARIES} OpenMP::OpenMP_CXX)
