@@ -1,0 +1,60 @@
+# Everything is CMake; this file only names the commands. `make demo` and `make test` do their own set-up.
+JOBS ?= $(shell nproc)
+PYTHON := .venv/bin/python
+BUILD := build/release
+
+.PHONY: help setup build demo test bench bench-peers fuzz format format-check tidy wheel clean
+help:
+	@echo "make demo     set up, build, then SmolLM2 reads a long text with SparseK attention (under 10 minutes on 2 cores)"
+	@echo "make test     set up, build, then every test (under 30 minutes on 2 cores)"
+	@echo "make build    the program ($(BUILD)/sparsek) and the Python package's library"
+	@echo "make bench    benchmarks into bench/results/ · bench-peers: the same beside llama.cpp (builds it: 10 minutes)"
+	@echo "make fuzz     each fuzz target for a minute · make format · make wheel · make setup"
+
+setup:
+	@scripts/setup.sh build demo
+
+$(BUILD)/build.ninja:
+	@cmake --preset release > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+
+build:
+	@scripts/setup.sh build
+	@mkdir -p build
+	@$(MAKE) --no-print-directory $(BUILD)/build.ninja
+	@ninja -C $(BUILD) -j $(JOBS)
+
+demo:
+	@scripts/setup.sh build demo
+	@$(MAKE) --no-print-directory build
+	@$(PYTHON) scripts/demo.py
+
+test:
+	@scripts/setup.sh build demo test
+	@$(MAKE) --no-print-directory build
+	@scripts/test.sh
+
+bench: build
+	@$(PYTHON) bench/run.py
+
+bench-peers: build
+	@scripts/setup.sh build test
+	@$(PYTHON) bench/run.py --peers
+
+fuzz:
+	@scripts/setup.sh build test
+	@scripts/fuzz.sh
+
+format:
+	@git ls-files 'src/*.h' 'src/*.cc' 'tests/*.h' 'tests/*.cc' 'bench/*.cc' | xargs clang-format-19 -i
+format-check:
+	@git ls-files 'src/*.h' 'src/*.cc' 'tests/*.h' 'tests/*.cc' 'bench/*.cc' | xargs clang-format-19 --dry-run --Werror
+
+tidy: build
+	@git ls-files 'src/*.cc' | grep -v simd | xargs -n 4 clang-tidy-19 -p $(BUILD) --quiet
+
+wheel:
+	@scripts/setup.sh build test
+	@.venv/bin/pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist
