@@ -1,0 +1,63 @@
+// Which attention a model runs with. AttentionRequest is what a user asked for, field by field; resolve() fills in the
+// defaults of the kind and of the adapter, checks everything and gives the AttentionConfig that the model is built
+// from.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace sparsek::model {
+
+enum class AttentionKind : uint8_t { kDense, kWindow, kSparsek };
+enum class ScorerKind : uint8_t { kWindowMass, kKeyNorm, kAdapter };
+
+const char* name(AttentionKind kind);  // "dense", "window", "sparsek"
+const char* name(Gate gate);           // "soft", "hard"
+
+// The inverse of the names above; throws UsageError naming the option.
+AttentionKind parse_attention_kind(const std::string& text);  // --attention
+Gate parse_gate(const std::string& text);                     // --gate
+
+// Unset fields take defaults: sparsek 508/512/4, window 1020/4, or the adapter's own numbers.
+struct AttentionRequest {
+  AttentionKind kind = AttentionKind::kSparsek;
+  std::optional<int64_t> topk;          // --topk      sparsek only
+  std::optional<int64_t> window_size;   // --window    counts the query's own key
+  std::optional<int64_t> num_sinks;     // --sinks
+  std::optional<Gate> gate;             // --gate      sparsek only; hard for the untrained scorers
+  std::optional<int64_t> far_distance;  // --far-distance, 0: off (true positions); default sinks + topk + window
+  std::string scorer = "window_mass";   // --scorer    window_mass, key_norm, or the path of an adapter
+};
+
+struct AttentionConfig {
+  AttentionKind kind = AttentionKind::kSparsek;
+  int64_t topk = 0;         // 0 unless sparsek
+  int64_t window_size = 0;  // 0: dense
+  int64_t num_sinks = 0;
+  int64_t far_distance = 0;  // 0: far keys keep their true positions
+  Gate gate = Gate::kHard;
+  ScorerKind scorer = ScorerKind::kWindowMass;
+  std::string adapter_path;  // of ScorerKind::kAdapter
+
+  bool has_far_rotary() const { return far_distance > 0; }
+};
+
+// What an adapter's metadata proposes; null members are not proposed.
+struct AttentionDefaults {
+  std::optional<int64_t> topk, window_size, num_sinks, far_distance;
+  std::optional<Gate> gate;
+};
+
+// Throws UsageError naming the option when a value is out of range or does not apply to the kind. `adapter` is null
+// without one; where the request overrides it, a line is appended to `notices`.
+AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
+                        std::vector<std::string>* notices);
+
+// One line for people and logs, e.g. "sparsek topk 508 window 512 sinks 4 gate hard scorer window_mass far-distance
+// 1024".
+std::string describe(const AttentionConfig& config);
+
+}  // namespace sparsek::model

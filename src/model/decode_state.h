@@ -1,0 +1,31 @@
+// What a model carries from chunk to chunk and token to token: one LayerState a layer and the number of tokens read.
+// Of fixed size for the kinds window and sparsek; the dense kind's cache grows with the document.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace sparsek::model {
+
+struct LayerState {
+  ops::AttentionState sparsek;  // kind sparsek
+  // Kind dense: rows are positions, capacity >= length. Kind window: num_sinks sinks | window_size ring rows (position
+  // p at p % window_size), with far rotary the sinks' keys un-rotated. [rows, num_kv_heads, head_dim]
+  at::Tensor k, v;
+};
+
+class DecodeState {
+ public:
+  int64_t length() const { return length_; }  // tokens read
+  int64_t size_in_bytes() const;              // of all layers' tensors as they are now
+
+ private:
+  friend class Transformer;
+  std::vector<LayerState> layers_;
+  int64_t length_ = 0;
+};
+
+}  // namespace sparsek::model
