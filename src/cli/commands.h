@@ -1,0 +1,69 @@
+// One typed config per subcommand, filled by main.cc, and the function that runs it. Each returns the exit code.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "infer/sampler.h"
+#include "model/attention_config.h"
+
+namespace sparsek::cli {
+
+struct ModelConfig {
+  std::string model;  // a path, or "smollm2"
+  model::AttentionRequest attention;
+  std::string dtype = "bf16";  // bf16, f32
+  int64_t chunk_size = 512;    // tokens computed at once while reading
+  int threads = 0;             // 0: one a core
+};
+
+struct GenerateConfig {
+  ModelConfig model;
+  std::string file;    // read first; "-" is standard input; empty: none
+  std::string prompt;  // then this
+  bool chat = false;   // file and prompt become the user's message of the model's chat template
+  std::string system;  // system message for chat
+  int64_t max_tokens = 256;
+  SamplingOptions sampling;
+  std::vector<std::string> stop;
+  bool ignore_end = false;  // do not stop at the model's end tokens
+  bool json = false;
+};
+int run_generate(const GenerateConfig& config);
+
+struct PerplexityConfig {
+  ModelConfig model;
+  std::string file;
+  int64_t skip_tokens = 0;
+  int64_t max_tokens = 0;  // 0: all
+  bool json = false;
+};
+int run_perplexity(const PerplexityConfig& config);
+
+struct InspectConfig {
+  ModelConfig model;
+  bool json = false;
+};
+int run_inspect(const InspectConfig& config);
+
+struct BenchAttentionConfig {
+  std::vector<int64_t> seqlens{2048, 8192, 32768};
+  int64_t num_heads = 9, num_kv_heads = 3, head_dim = 64, topk = 512, window_size = 512, num_sinks = 0;
+  std::string dtype = "bf16";
+  std::string scores = "random";  // random, rising
+  bool backward = false, dense = true;
+  int64_t repeats = 5;
+  int threads = 0;
+  bool json = false;
+};
+int run_bench_attention(const BenchAttentionConfig& config);
+
+struct BenchModelConfig {
+  ModelConfig model;
+  std::vector<int64_t> contexts{1024, 8192};
+  int64_t decode_tokens = 64;
+  bool json = false;
+};
+int run_bench_model(const BenchModelConfig& config);
+
+}  // namespace sparsek::cli

@@ -1,0 +1,139 @@
+// sparsek generate: reads a document of any length, then continues it or answers about it.
+#include "infer/generate.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/progress.h"
+#include "cli/resources.h"
+#include "cli/source.h"
+#include "data/chat_template.h"
+#include "infer/stop_matcher.h"
+
+namespace sparsek::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// The text that a chat template puts before and after the user's message, whose own text is streamed between them as
+// plain text: special tokens inside a document are not obeyed.
+std::pair<std::string, std::string> chat_frame(const Tokenizer& tokenizer, const std::string& path,
+                                               const std::string& system) {
+  if (!tokenizer.chat_template()) throw_data("{}: --chat wants a model with a chat template, found none", path);
+  const ChatTemplate chat = ChatTemplate::recognise(*tokenizer.chat_template(), path);
+  static constexpr std::string_view kMark = "\x01 document \x01";
+  std::vector<ChatMessage> messages;
+  if (!system.empty()) messages.push_back({"system", system});
+  messages.push_back({"user", std::string(kMark)});
+  const std::string text = chat.render(messages);
+  const size_t mark = text.find(kMark);
+  return {text.substr(0, mark), text.substr(mark + kMark.size())};
+}
+
+// Writes as long as somebody reads.
+bool write_out(const std::string& text) {
+  return text.empty() || (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0);
+}
+
+}  // namespace
+
+int run_generate(const GenerateConfig& config) {
+  if (config.max_tokens < 0) throw_usage("--max-tokens: wanted 0 or more, found {}", config.max_tokens);
+  if (config.file.empty() && config.prompt.empty()) {
+    throw_usage("generate: wanted --prompt TEXT, --file PATH or both, found neither");
+  }
+  const std::string path = resolve_model(config.model.model);
+  const Tokenizer tokenizer = open_tokenizer(path);
+  const auto [before, after] =
+      config.chat ? chat_frame(tokenizer, path, config.system) : std::pair<std::string, std::string>{};
+  std::optional<FileTokens> document;
+  if (!config.file.empty()) document.emplace(tokenizer, config.file, /*with_prefix=*/false);
+  Sampler sampler(config.sampling);
+  StopMatcher stop(config.stop);
+  const model::Transformer model = open_model(config.model, path);
+  tokenizer.check_model_vocab(model.config().vocab_size, path);
+
+  model::DecodeState state = model.new_state();
+  Prompt prompt(model, state, sampler, config.model.chunk_size);
+  const auto read_start = Clock::now();
+  prompt.push(tokenizer.prefix());
+  if (!before.empty()) prompt.push(tokenizer.encode(before, SpecialTokens::kParse));
+  if (document) {
+    Progress progress("reading", "tokens", std::nullopt);
+    std::vector<int32_t> ids;
+    for (document->read(config.model.chunk_size, ids); !ids.empty(); document->read(config.model.chunk_size, ids)) {
+      prompt.push(ids);
+      ids.clear();
+      if (const auto total = document->estimated_total()) progress.set_total(*total);
+      progress.update(prompt.tokens());
+      if (interrupted()) {
+        fmt::print(stderr, "sparsek: interrupted after reading {} tokens\n", prompt.tokens());
+        return kInterruptedExitCode;
+      }
+    }
+  }
+  if (!config.prompt.empty()) prompt.push(tokenizer.encode(config.prompt, SpecialTokens::kAsText));
+  if (!after.empty()) prompt.push(tokenizer.encode(after, SpecialTokens::kParse));
+  if (prompt.tokens() == 0) {
+    throw_data("{}: wanted a prompt of at least one token, found an empty text",
+               config.file.empty() ? "--prompt" : config.file);
+  }
+  const int64_t prompt_tokens = prompt.tokens();
+  std::vector<float> logits = prompt.finish();
+  const double read_seconds = seconds_since(read_start);
+
+  TextStream stream(tokenizer);
+  std::string text;
+  const auto emit = [&](const std::string& piece) {
+    text += config.json ? piece : std::string();
+    return config.json || write_out(piece);
+  };
+  bool writable = true;
+  const auto generate_start = Clock::now();
+  const int64_t generated =
+      generate(model, state, sampler, std::move(logits), config.max_tokens,
+               config.ignore_end ? std::span<const int32_t>() : std::span<const int32_t>(tokenizer.end_ids()),
+               [&](int32_t token) {
+                 writable = emit(stop.push(stream.push(token)));
+                 return writable && !stop.stopped() && !interrupted();
+               });
+  const double generate_seconds = seconds_since(generate_start);
+  if (writable) writable = emit(stop.push(stream.finish()) + stop.finish());
+  const char* reason = interrupted()                    ? "interrupted"
+                       : stop.stopped()                 ? "stop sequence"
+                       : generated == config.max_tokens ? "max tokens"
+                                                        : "end token";
+  const double read_rate = static_cast<double>(prompt_tokens) / read_seconds;
+  const double generate_rate = generate_seconds > 0 ? static_cast<double>(generated) / generate_seconds : 0;
+  if (config.json) {
+    const nlohmann::ordered_json object{{"text", text},
+                                        {"stop_reason", reason},
+                                        {"prompt_tokens", prompt_tokens},
+                                        {"generated_tokens", generated},
+                                        {"prompt_tokens_per_second", read_rate},
+                                        {"generated_tokens_per_second", generate_rate},
+                                        {"state_bytes", state.size_in_bytes()},
+                                        {"peak_rss_bytes", peak_rss_bytes()},
+                                        {"attention", describe(model.attention())}};
+    fmt::print("{}\n", object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  } else {
+    write_out("\n");
+    fmt::print(stderr, "read {} tokens at {:.0f}/s, wrote {} at {:.0f}/s ({}); state {}, peak memory {}\n",
+               with_separators(prompt_tokens), read_rate, with_separators(generated), generate_rate, reason,
+               human_bytes(static_cast<double>(state.size_in_bytes())),
+               human_bytes(static_cast<double>(peak_rss_bytes())));
+  }
+  if (!writable) throw_data("standard output: cannot write the generated text (closed, or the disk is full)");
+  return interrupted() ? kInterruptedExitCode : 0;
+}
+
+}  // namespace sparsek::cli

@@ -1,0 +1,114 @@
+// sparsek perplexity: the loss of a model on a text, by position.
+#include "eval/perplexity.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/progress.h"
+#include "cli/resources.h"
+#include "cli/source.h"
+
+namespace sparsek::cli {
+namespace {
+
+void print_json(const eval::PerplexityResult& result, const std::string& attention) {
+  nlohmann::ordered_json by_position = nlohmann::ordered_json::array();
+  for (const auto& bucket : result.loss.buckets()) {
+    if (bucket.count == 0) continue;
+    const int64_t to = std::min(bucket.to, result.tokens);
+    by_position.push_back(
+        {{"from", bucket.from}, {"to", to}, {"loss", bucket.sum / static_cast<double>(bucket.count)}});
+  }
+  const nlohmann::ordered_json object{{"tokens", result.tokens},
+                                      {"loss", result.loss.mean()},
+                                      {"loss_by_position", by_position},
+                                      {"tokens_per_second", static_cast<double>(result.tokens) / result.seconds},
+                                      {"state_bytes", result.state_bytes},
+                                      {"peak_rss_bytes", peak_rss_bytes()},
+                                      {"attention", attention},
+                                      {"complete", result.complete}};
+  fmt::print("{}\n", object.dump());
+}
+
+void print_table(const eval::PerplexityResult& result, const std::string& attention) {
+  fmt::print("attention    {}\n", attention);
+  fmt::print("tokens       {}\n", with_separators(result.tokens));
+  fmt::print("loss         {:.4f} nats per token (perplexity {:.2f})\n", result.loss.mean(),
+             std::exp(result.loss.mean()));
+  fmt::print("speed        {:.0f} tokens/s\n", static_cast<double>(result.tokens) / result.seconds);
+  fmt::print("state        {}\n", human_bytes(static_cast<double>(result.state_bytes)));
+  fmt::print("peak memory  {}\n\n", human_bytes(static_cast<double>(peak_rss_bytes())));
+  fmt::print("{:>10} {:>10} {:>8}\n", "from", "to", "loss");
+  for (const auto& bucket : result.loss.buckets()) {
+    if (bucket.count == 0) continue;
+    fmt::print("{:>10} {:>10} {:>8.4f}\n", with_separators(bucket.from),
+               with_separators(std::min(bucket.to, result.tokens)), bucket.sum / static_cast<double>(bucket.count));
+  }
+}
+
+}  // namespace
+
+int run_perplexity(const PerplexityConfig& config) {
+  if (config.skip_tokens < 0) throw_usage("--skip-tokens: wanted 0 or more, found {}", config.skip_tokens);
+  if (config.max_tokens != 0 && config.max_tokens < 2) {
+    throw_usage("--max-tokens: wanted at least 2 (a token and the one it predicts), found {}", config.max_tokens);
+  }
+  const std::string path = resolve_model(config.model.model);
+  const Tokenizer tokenizer = open_tokenizer(path);
+  FileTokens tokens(tokenizer, config.file, /*with_prefix=*/true);
+  const model::Transformer model = open_model(config.model, path);
+  tokenizer.check_model_vocab(model.config().vocab_size, path);
+
+  std::vector<int32_t> skipped;
+  for (int64_t left = config.skip_tokens; left > 0; left -= static_cast<int64_t>(skipped.size())) {
+    skipped.clear();
+    tokens.read(std::min<int64_t>(left, 4096), skipped);
+    if (skipped.empty()) {
+      throw_data("{}: wanted more than {} tokens to skip, found {}", config.file, config.skip_tokens,
+                 config.skip_tokens - left);
+    }
+  }
+
+  int64_t left = config.max_tokens > 0 ? config.max_tokens : std::numeric_limits<int64_t>::max();
+  const auto source = [&](int64_t wanted, std::vector<int32_t>& ids) {
+    const size_t before = ids.size();
+    tokens.read(std::min(wanted, left), ids);
+    left -= static_cast<int64_t>(ids.size() - before);
+  };
+  eval::PerplexityResult result;
+  {
+    Progress progress(describe(model.attention()), "tokens", std::nullopt);
+    result = eval::perplexity(model, source, config.model.chunk_size, [&](int64_t done) {
+      const auto total = tokens.estimated_total();
+      if (total) {
+        const int64_t rest = *total - config.skip_tokens;
+        progress.set_total(config.max_tokens > 0 ? std::min(rest, config.max_tokens) : rest);
+      }
+      progress.update(done);
+      return !interrupted();
+    });
+  }
+  if (result.loss.count() == 0) {
+    throw_data("{}: wanted a text of at least 2 tokens, found {}", config.file, result.tokens);
+  }
+  const std::string attention = describe(model.attention());
+  if (config.json) {
+    print_json(result, attention);
+  } else {
+    print_table(result, attention);
+  }
+  if (!result.complete) {
+    fmt::print(stderr, "sparsek: interrupted after {} tokens; the figures are for those\n", result.tokens);
+    return kInterruptedExitCode;
+  }
+  return 0;
+}
+
+}  // namespace sparsek::cli

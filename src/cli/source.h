@@ -1,0 +1,40 @@
+// Opening what a model file holds, and text as a stream of tokens.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli/commands.h"
+#include "data/text_reader.h"
+#include "data/tokenizer.h"
+#include "model/transformer.h"
+
+namespace sparsek::cli {
+
+Tokenizer open_tokenizer(const std::string& model_path);
+// Sets the number of threads, loads the model, prints its notices to stderr.
+model::Transformer open_model(const ModelConfig& config, const std::string& model_path);
+at::ScalarType parse_dtype(const std::string& text);
+void set_threads(int threads);
+
+// The tokens of a text file as one document, read and encoded as they are asked for.
+class FileTokens {
+ public:
+  FileTokens(const Tokenizer& tokenizer, const std::string& path, bool with_prefix);
+  // Appends up to `wanted` ids; appends nothing at the end.
+  void read(int64_t wanted, std::vector<int32_t>& ids);
+  // Tokens of the whole file, extrapolated from what was read; nothing for streams.
+  std::optional<int64_t> estimated_total() const;
+
+ private:
+  TextReader reader_;
+  Encoder encoder_;
+  std::vector<int32_t> ready_;
+  size_t next_ = 0;
+  int64_t given_ = 0;
+  bool ended_ = false;
+};
+
+}  // namespace sparsek::cli

@@ -1,0 +1,51 @@
+#include "eval/perplexity.h"
+
+#include <ATen/ops/from_blob.h>
+#include <c10/core/InferenceMode.h>
+
+#include <chrono>
+
+namespace sparsek::eval {
+namespace {
+
+at::Tensor as_tensor(std::vector<int32_t>& ids, size_t begin, size_t count) {
+  return at::from_blob(ids.data() + begin, {static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kInt));
+}
+
+}  // namespace
+
+PerplexityResult perplexity(const model::Transformer& model, const TokenSource& source, int64_t chunk_size,
+                            const std::function<bool(int64_t)>& on_progress) {
+  const c10::InferenceMode inference;
+  PerplexityResult result;
+  model::DecodeState state = model.new_state();
+  const auto start = std::chrono::steady_clock::now();
+  const auto chunk = static_cast<size_t>(chunk_size);
+
+  // ids holds one chunk and, where there is one, the token after it: the last row's target.
+  std::vector<int32_t> ids;
+  ids.reserve(chunk + 1);
+  source(chunk_size + 1, ids);
+  while (!ids.empty()) {
+    const size_t rows = std::min(ids.size(), chunk);
+    const at::Tensor hidden = model.forward(as_tensor(ids, 0, rows), state);
+    const size_t targets = ids.size() > rows ? rows : rows - 1;
+    if (targets > 0) {
+      const std::vector<double> losses =
+          model.losses(hidden.slice(0, 0, static_cast<int64_t>(targets)), as_tensor(ids, 1, targets));
+      for (size_t i = 0; i < targets; ++i) result.loss.add(result.tokens + 1 + static_cast<int64_t>(i), losses[i]);
+    }
+    result.tokens += static_cast<int64_t>(rows);
+    ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(rows));
+    if (on_progress && !on_progress(result.tokens)) {
+      result.complete = false;
+      break;
+    }
+    if (!ids.empty()) source(chunk_size, ids);
+  }
+  result.state_bytes = state.size_in_bytes();
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return result;
+}
+
+}  // namespace sparsek::eval
