@@ -32,7 +32,10 @@ double largest_root(const Values& z, int64_t k) {
     } else {
       sum_f -= z[in_s++];
     }
-    if (in_s == in_support) sum_f = 0;  // no rounding is carried past an empty F
+    if (in_s == in_support) {
+      if (in_s == k) return z[k - 1] - 1;  // F empty: f is 0 from here down to z[k], and rounding must not step over it
+      sum_f = 0;
+    }
   }
   sum_f = 0;
   for (int64_t j = in_s; j < in_support; ++j) sum_f += z[j];
