@@ -2,7 +2,7 @@
 #include "kernels/cpu/elementwise/elementwise.h"
 #include "tests/kernels/elementwise/elements.h"
 
-namespace sparsek::testing {
+namespace sparsek::test {
 namespace {
 
 using CrossEntropyTest = EveryIsa;
@@ -90,4 +90,4 @@ TEST_P(CrossEntropyTest, ANaNMakesItsRowNaN) {
 INSTANTIATE_TEST_SUITE_P(Isas, CrossEntropyTest, all_isas(), isa_name);
 
 }  // namespace
-}  // namespace sparsek::testing
+}  // namespace sparsek::test

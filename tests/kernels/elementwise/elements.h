@@ -15,7 +15,7 @@
 #include "base/dtype.h"
 #include "kernels/cpu/simd/dispatch.h"
 
-namespace sparsek::testing {
+namespace sparsek::test {
 
 // `count` elements, NaN at first, with guard bytes on both sides.
 class Elements {
@@ -89,4 +89,4 @@ inline std::string isa_name(const ::testing::TestParamInfo<cpu::Isa>& info) {
 
 inline constexpr DType kActivationTypes[] = {DType::kBF16, DType::kF32};
 
-}  // namespace sparsek::testing
+}  // namespace sparsek::test

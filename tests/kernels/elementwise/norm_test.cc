@@ -2,7 +2,7 @@
 #include "kernels/cpu/elementwise/elementwise.h"
 #include "tests/kernels/elementwise/elements.h"
 
-namespace sparsek::testing {
+namespace sparsek::test {
 namespace {
 
 using NormTest = EveryIsa;
@@ -160,4 +160,4 @@ TEST_P(NormTest, HeadNorm) {
 INSTANTIATE_TEST_SUITE_P(Isas, NormTest, all_isas(), isa_name);
 
 }  // namespace
-}  // namespace sparsek::testing
+}  // namespace sparsek::test

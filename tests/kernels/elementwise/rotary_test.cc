@@ -2,7 +2,7 @@
 #include "kernels/cpu/elementwise/elementwise.h"
 #include "tests/kernels/elementwise/elements.h"
 
-namespace sparsek::testing {
+namespace sparsek::test {
 namespace {
 
 using RotaryTest = EveryIsa;
@@ -144,4 +144,4 @@ TEST_P(RotaryTest, DotProductsAreRelative) {
 INSTANTIATE_TEST_SUITE_P(Isas, RotaryTest, all_isas(), isa_name);
 
 }  // namespace
-}  // namespace sparsek::testing
+}  // namespace sparsek::test

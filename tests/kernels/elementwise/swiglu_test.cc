@@ -2,7 +2,7 @@
 #include "kernels/cpu/elementwise/elementwise.h"
 #include "tests/kernels/elementwise/elements.h"
 
-namespace sparsek::testing {
+namespace sparsek::test {
 namespace {
 
 using SwigluTest = EveryIsa;
@@ -83,4 +83,4 @@ TEST_P(SwigluTest, ExtremeGates) {
 INSTANTIATE_TEST_SUITE_P(Isas, SwigluTest, all_isas(), isa_name);
 
 }  // namespace
-}  // namespace sparsek::testing
+}  // namespace sparsek::test
