@@ -16,7 +16,9 @@ enum class ChatStyle { kChatMl, kLlama3 };
 
 struct ChatTemplate {
   ChatStyle style = ChatStyle::kChatMl;
-  std::string default_system;  // put before the first message when that is no system message; may be empty
+  std::string default_system;    // put before the first message when that is no system message; may be empty
+  std::string system_preamble;   // what a Llama 3.1 system message begins with, even an empty one
+  bool strips_thoughts = false;  // earlier answers lose what stands before "</think>" (Qwen 3)
 
   // `name` stands for the file in messages. DataError when the template is neither ChatML nor Llama 3.
   static ChatTemplate recognise(std::string_view jinja, std::string_view name);

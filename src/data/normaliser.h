@@ -1,0 +1,21 @@
+// Unicode normal form C for a text that arrives in pieces (the Qwen tokenizers want it).
+//
+// Text is cut only before characters that never combine with what stands before them, so the result is that of
+// normalising the whole text. A stretch of 64 KiB without such a character is cut where it is.
+#pragma once
+#include <string>
+#include <string_view>
+
+namespace sparsek {
+
+class NfcNormaliser {
+ public:
+  // Appends to `out` what is certain of the text so far. `text` is valid UTF-8, cut between characters.
+  void push(std::string_view text, std::string& out);
+  void finish(std::string& out);  // appends the rest
+
+ private:
+  std::string held_;
+};
+
+}  // namespace sparsek

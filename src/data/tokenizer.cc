@@ -1,0 +1,93 @@
+#include "data/tokenizer.h"
+
+#include <utility>
+
+#include "base/error.h"
+#include "data/tokenizer_tables.h"
+#include "data/utf8.h"
+
+namespace sparsek {
+
+Tokenizer::Tokenizer(std::unique_ptr<const TokenizerTables> tables) : tables_(std::move(tables)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+Tokenizer Tokenizer::from_gguf(const GgufFile& file) {
+  return Tokenizer(std::make_unique<const TokenizerTables>(describe_gguf_tokenizer(file)));
+}
+
+std::vector<TokenId> Tokenizer::encode(std::string_view text, SpecialTokens special) const {
+  std::vector<TokenId> ids;
+  Encoder encoder(*this, special);
+  encoder.push(text, ids);
+  encoder.finish(ids);
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const TokenId> ids) const {
+  std::string text;
+  for (const TokenId id : ids) text += token_bytes(id);
+  return text;
+}
+
+std::string_view Tokenizer::token_bytes(TokenId id) const {
+  return tables_->token_bytes(id);
+}
+
+int64_t Tokenizer::vocab_size() const {
+  return static_cast<int64_t>(tables_->offsets.size()) - 1;
+}
+
+bool Tokenizer::is_special(TokenId id) const {
+  return id >= 0 && id < vocab_size() && tables_->is_control[static_cast<size_t>(id)];
+}
+
+std::optional<TokenId> Tokenizer::find_special(std::string_view text) const {
+  for (const TokenizerTables::FixedToken& token : tables_->fixed) {
+    if (token.text == text) return token.id;
+  }
+  return std::nullopt;
+}
+
+std::vector<TokenId> Tokenizer::prefix() const {
+  return tables_->add_bos ? std::vector<TokenId>{*tables_->bos} : std::vector<TokenId>{};
+}
+
+std::optional<TokenId> Tokenizer::bos() const {
+  return tables_->bos;
+}
+const std::vector<TokenId>& Tokenizer::end_ids() const {
+  return tables_->end_ids;
+}
+const std::optional<std::string>& Tokenizer::chat_template() const {
+  return tables_->chat_template;
+}
+
+std::vector<uint8_t> Tokenizer::missing_bytes() const {
+  std::vector<uint8_t> missing;
+  for (int byte = 0; byte < 256; ++byte) {
+    if (tables_->bpe.byte_id(static_cast<uint8_t>(byte)) < 0) missing.push_back(static_cast<uint8_t>(byte));
+  }
+  return missing;
+}
+
+void Tokenizer::check_model_vocab(int64_t num_rows, std::string_view model_path) const {
+  if (num_rows >= vocab_size()) return;  // more rows than tokens are padding
+  throw_data("{}: wanted an embedding row for each of the {} tokens of {}, found {} rows; tokenizer and model differ",
+             model_path, vocab_size(), tables_->name, num_rows);
+}
+
+std::string TextStream::push(TokenId id) {
+  held_ += tokenizer_->token_bytes(id);
+  const size_t ready = held_.size() - utf8_incomplete_suffix(held_);
+  std::string text = held_.substr(0, ready);
+  held_.erase(0, ready);
+  return text;
+}
+
+std::string TextStream::finish() {
+  return std::exchange(held_, {});
+}
+
+}  // namespace sparsek
