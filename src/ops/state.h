@@ -1,0 +1,33 @@
+// The carried state's checks and the index arithmetic that attention_chunk and window_mass_chunk share (section 6).
+#pragma once
+#include "ops/checks.h"
+
+namespace sparsek::ops {
+
+// A state's tensors as operations take them; absent ones are null.
+struct StateArguments {
+  const Tensor& k;
+  const Tensor* v = nullptr;
+  const MaybeTensor& ring_k;
+  const Tensor* ring_scores = nullptr;
+  const Tensor* ring_mass = nullptr;
+  const Tensor* slot_scores = nullptr;
+  const Tensor* slot_positions = nullptr;
+  const Tensor* pool_scores = nullptr;
+  const Tensor& lengths;
+};
+// Checks every tensor given against q's and k's sizes. topk is taken from k when it is negative; pool_size 0 accepts
+// any capacity.
+void check_state(const StateArguments& state, const Tensor& q, const Tensor& k, bool far_rotary, int64_t topk,
+                 int64_t window_size, int64_t num_sinks, int64_t pool_size);
+
+// [batch, window_size] int64: the ring row that holds position length - window_size + r.
+Tensor ring_order(const Tensor& lengths, int64_t window_size);
+// [batch, num_kv_heads, window_size] of ring values, into position order.
+Tensor ring_in_order(const Tensor& ring, const Tensor& order);
+// values [batch, num_kv_heads, window_size + chunk] in position order -> the new ring of their last window_size.
+Tensor new_ring(const Tensor& values, const Tensor& lengths, const c10::SymInt& chunk, int64_t window_size);
+// state [batch, num_kv_heads, rows, head_dim] -> its rows `source` (flat indices; any shape [batch, num_kv_heads, n]).
+Tensor take_rows(const Tensor& state, const Tensor& source);
+
+}  // namespace sparsek::ops
