@@ -1,0 +1,9 @@
+// Attention in float64 throughout, for gradient checks: plain loops, one KV head after the other, threads over heads.
+#pragma once
+#include "kernels/params.h"
+
+namespace sparsek::cpu {
+
+void forward_double(const AttentionFwdParams& params);
+
+}  // namespace sparsek::cpu

@@ -1,0 +1,207 @@
+// eq. 7-9 for one run of query tiles, float32 and bfloat16: S = Q K^T by blocks of packed keys, softmax with a running
+// maximum, O += P V. Logits are kept in units of log 2. Does not choose the runs, and knows no threads (attention.cc).
+#include <math.h>
+
+#include "kernels/cpu/attention/kernels.h"
+#include "kernels/cpu/attention/query_tile.h"
+
+namespace sparsek::cpu::SPARSEK_ISA {
+namespace {
+
+constexpr int kBlockPanels = 4;  // keys of a block: their K and V stay in L1 while the tile's rows pass
+constexpr int kGroupRows = 24;   // rows that pass together: their logits and outputs stay there too
+constexpr int kBlockKeys = kBlockPanels * kPanelKeys;
+// The running maximum moves only when it is exceeded by this much (log 2 units): the probabilities, up to 2^8 then,
+// lose nothing, and most blocks need not rescale the output.
+constexpr float kSlack = 8.0f;
+
+template <class T>
+struct Scratch {
+  Scratch(Arena* arena, const AttentionFwdParams& p, const RunPlan& plan)
+      : group_heads(p.num_heads / p.num_kv_heads), rows(plan.tile_queries * group_heads) {
+    q = arena->take<T>(rows * p.head_dim);
+    q_far = p.q_far ? arena->take<T>(rows * p.head_dim) : q;
+    out = arena->take<float>(rows * padded(p.head_dim));
+    row_max = arena->take<float>(rows);
+    row_sum = arena->take<float>(rows * kLanes);
+    positions = arena->take<QueryPosition>(plan.tile_queries);
+    logits = arena->take<float>(kGroupRows * kBlockKeys);
+    probabilities = arena->take<T>(kGroupRows * kBlockKeys);
+  }
+  int group_heads, rows;
+  T *q, *q_far;
+  float *out, *row_max, *row_sum;  // row_sum: kLanes partial sums a row
+  QueryPosition* positions;
+  float* logits;     // [kGroupRows][kBlockKeys]
+  T* probabilities;  // [kGroupRows][kBlockKeys], gated
+};
+
+SPARSEK_INLINE void store_as(float* to, VecF x) {
+  store(to, x);
+}
+SPARSEK_INLINE void store_as(BFloat16* to, VecF x) {
+  store_bf16(to, x);
+}
+
+// One row of a block: masks, moves the maximum, adds to the sum, writes gated probabilities.
+template <class T>
+SPARSEK_INLINE void softmax_row(const Keys<T>& keys, int first_panel, int num_panels, const QueryPosition& position,
+                                float* logits, T* probabilities, float* row_max, float* row_sum, float* out,
+                                int padded_dim) {
+  constexpr int kPerPanel = kPanelKeys / kLanes;
+  VecF top = splat(kMasked);
+  for (int n = 0; n < num_panels; ++n) {
+    const PanelInfo& panel = keys.info[first_panel + n];
+    float* x = logits + n * kPanelKeys;
+    if (panel.is_masked) {
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF masked = mask(load(x + v * kLanes), keys, panel, v * kLanes, position);
+        store(x + v * kLanes, masked);
+        top = max(top, masked);
+      }
+    } else {
+      for (int v = 0; v < kPerPanel; ++v) top = max(top, load(x + v * kLanes));
+    }
+  }
+  const float block_max = reduce_max(top);
+  if (block_max > *row_max + kSlack) {
+    const VecF factor = exp2_of<float>(splat(*row_max - block_max));
+    *row_max = block_max;
+    store(row_sum, load(row_sum) * factor);
+    for (int c = 0; c < padded_dim; c += kLanes) store(out + c, load(out + c) * factor);
+  }
+  const VecF shift = splat(*row_max);
+  VecF sum = load(row_sum);
+  for (int n = 0; n < num_panels; ++n) {
+    const PanelInfo& panel = keys.info[first_panel + n];
+    const float* x = logits + n * kPanelKeys;
+    T* p = probabilities + n * kPanelKeys;
+    if (panel.is_gated) {
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF e = exp2_of<T>(load(x + v * kLanes) - shift);
+        sum += e;
+        store_as(p + v * kLanes, e * gate(keys, panel, v * kLanes, position.tau));
+      }
+    } else {
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF e = exp2_of<T>(load(x + v * kLanes) - shift);
+        sum += e;
+        store_as(p + v * kLanes, e);
+      }
+    }
+  }
+  store(row_sum, sum);
+}
+
+template <class T>
+void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows) {
+  const int head_dim = p.head_dim, padded_dim = padded(head_dim);
+  const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
+  for (int first = 0, count; first < keys.num_panels; first += count) {
+    const bool is_far = keys.info[first].is_far;
+    count = keys.num_panels - first < kBlockPanels ? keys.num_panels - first : kBlockPanels;
+    if (p.q_far && is_far && first + count > keys.num_far) count = keys.num_far - first;
+    const T* q = is_far ? s.q_far : s.q;
+    for (int r = 0; r < rows; r += kGroupRows) {
+      const int group = rows - r < kGroupRows ? rows - r : kGroupRows;
+      multiply_columns(q + r * head_dim, head_dim, group, head_dim, keys.k_columns + first, count, s.logits, kBlockKeys,
+                       alpha);
+      for (int n = 0; n < group; ++n) {
+        const int row = r + n;
+        softmax_row(keys, first, count, s.positions[row / s.group_heads], s.logits + n * kBlockKeys,
+                    s.probabilities + n * kBlockKeys, s.row_max + row, s.row_sum + row * kLanes,
+                    s.out + row * padded_dim, padded_dim);
+      }
+      multiply_rows(s.probabilities, kBlockKeys, kStep<T>, group, keys.v_rows + first, count, kPanelKeys, padded_dim,
+                    s.out + r * padded_dim, padded_dim);
+    }
+  }
+}
+
+SPARSEK_INLINE void write_row(float* to, const float* from, float factor, int head_dim) {
+  for (int c = 0; c < head_dim; ++c) to[c] = from[c] * factor;
+}
+SPARSEK_INLINE void write_row(BFloat16* to, const float* from, float factor, int head_dim) {
+  for (int c = 0; c < head_dim; ++c) to[c] = to_bf16(from[c] * factor);
+}
+
+template <class T>
+void run(const AttentionFwdParams& p, const RunPlan& plan, char* memory) {
+  Arena arena(memory);
+  const Scratch<T> s(&arena, p, plan);
+  Keys<T> keys(&arena, plan, p.head_dim, {.v_rows = true, .v_columns = false, .k_rows = false});
+  const int b = plan.batch, kv = plan.kv_head, first_head = kv * s.group_heads, padded_dim = padded(p.head_dim);
+  const int64_t head_row = static_cast<int64_t>(b) * p.num_kv_heads + kv;
+  const bool soft = p.gate == Gate::kSoft;
+  const auto at = [&](const void* base, const Strides& strides, int head) {
+    return static_cast<const T*>(base) + b * strides.batch + head * strides.head;
+  };
+  const T *q = at(p.q, p.q_strides, first_head), *q_far = p.q_far ? at(p.q_far, p.q_far_strides, first_head) : nullptr;
+  KeySource<T> source;
+  source.k = at(p.k, p.k_strides, kv);
+  source.v = at(p.v, p.v_strides, kv);
+  source.k_far = p.k_far ? at(p.k_far, p.k_far_strides, kv) : source.k;
+  source.k_stride = p.k_strides.seq;
+  source.v_stride = p.v_strides.seq;
+  source.k_far_stride = p.k_far ? p.k_far_strides.seq : p.k_strides.seq;
+  source.scores = soft ? static_cast<const float*>(p.scores) + head_row * p.seqlen_k : nullptr;
+  source.far_begin = p.far_begin + head_row * p.seqlen_k;
+  source.far_end = p.far_end + head_row * p.seqlen_k;
+  source.num_carried = p.num_carried;
+  const float* tau = static_cast<const float*>(p.tau) + head_row * p.seqlen_q;
+  const int32_t* window_begin = p.window_begin + static_cast<int64_t>(b) * p.seqlen_q;
+
+  keys.begin_run(plan, source);
+  for (int t = 0; t < plan.num_tiles; ++t) {
+    const int32_t first = plan.first_query + t * plan.tile_queries;
+    const int32_t end = first + plan.tile_queries < plan.end_query ? first + plan.tile_queries : plan.end_query;
+    const int queries = end - first, rows = queries * s.group_heads;
+    float tau_max = -__builtin_inff();
+    for (int n = 0; n < queries; ++n) {
+      const int32_t i = first + n;
+      s.positions[n] = {i, window_begin[i], p.num_carried + i, soft ? tau[i] : 0.0f};
+      if (soft && tau[i] > tau_max) tau_max = tau[i];
+    }
+    keys.begin_tile(plan, t, s.positions[0].window_begin, s.positions[queries - 1].window_begin, first, end - 1,
+                    tau_max);
+    gather_rows(q + first * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, queries, s.group_heads, p.head_dim,
+                s.q);
+    if (q_far) {
+      gather_rows(q_far + first * p.q_far_strides.seq, p.q_far_strides.seq, p.q_far_strides.head, queries,
+                  s.group_heads, p.head_dim, s.q_far);
+    }
+    for (int r = 0; r < rows; ++r) s.row_max[r] = kNothing;
+    std::memset(s.row_sum, 0, static_cast<size_t>(rows) * kLanes * sizeof(float));
+    std::memset(s.out, 0, static_cast<size_t>(rows) * padded_dim * sizeof(float));
+
+    tile_blocks(p, s, keys, rows);
+
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = first + r / s.group_heads, head = first_head + r % s.group_heads;
+      const float sum = reduce_add(load(s.row_sum + r * kLanes));
+      T* out = static_cast<T*>(p.out) + b * p.out_strides.batch + i * p.out_strides.seq + head * p.out_strides.head;
+      write_row(out, s.out + r * padded_dim, sum > 0 ? 1 / sum : 0.0f, p.head_dim);
+      static_cast<float*>(p.softmax_lse)[(static_cast<int64_t>(b) * p.num_heads + head) * p.seqlen_q + i] =
+          sum > 0 ? static_cast<float>(s.row_max[r] * 0.6931471805599453 + logf(sum)) : -__builtin_inff();
+    }
+  }
+}
+
+template <class T>
+size_t scratch_bytes(const AttentionFwdParams& p, const RunPlan& plan) {
+  Arena arena(nullptr);
+  Scratch<T>(&arena, p, plan);
+  Keys<T>(&arena, plan, p.head_dim, {.v_rows = true, .v_columns = false, .k_rows = false});
+  return arena.used_bytes();
+}
+
+}  // namespace
+
+size_t forward_scratch_bytes(const AttentionFwdParams& p, const RunPlan& plan) {
+  return p.dtype == DType::kBF16 ? scratch_bytes<BFloat16>(p, plan) : scratch_bytes<float>(p, plan);
+}
+void forward_run(const AttentionFwdParams& p, const RunPlan& plan, char* scratch) {
+  p.dtype == DType::kBF16 ? run<BFloat16>(p, plan, scratch) : run<float>(p, plan, scratch);
+}
+
+}  // namespace sparsek::cpu::SPARSEK_ISA
