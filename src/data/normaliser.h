@@ -1,7 +1,7 @@
 // Unicode normal form C for a text that arrives in pieces (the Qwen tokenizers want it).
 //
 // Text is cut only before characters that never combine with what stands before them, so the result is that of
-// normalising the whole text. A stretch of 64 KiB without such a character is cut where it is.
+// normalising the whole text. More than 1 KiB of marks on one character is cut where it is.
 #pragma once
 #include <string>
 #include <string_view>
