@@ -23,7 +23,6 @@ struct ChunkLane {
   std::vector<int32_t> slot_order;   // used slots by rank
   std::unique_ptr<T[]> tau;          // [num_arrivals]
   std::unique_ptr<int32_t[]> times;  // expiry, frac_begin, frac_end: [3][num_keys]
-  int64_t num_keys = 0;
 };
 
 template <class T>
@@ -175,7 +174,7 @@ void select_chunk_typed(const SelectChunkParams& params) {
     lane.scores = scores + b * strides.batch + chunk_lane.first_query * strides.seq + h * strides.head;
     lane.stride = strides.seq;
     lane.num_arrivals = params.chunk - chunk_lane.first_query;
-    const int64_t num_keys = chunk_lane.num_keys = lane.num_carried + lane.num_arrivals;
+    const int64_t num_keys = lane.num_carried + lane.num_arrivals;
     chunk_lane.tau = std::make_unique_for_overwrite<T[]>(lane.num_arrivals);
     chunk_lane.times = std::make_unique_for_overwrite<int32_t[]>(3 * num_keys);
     lane.tau = chunk_lane.tau.get();
