@@ -10,23 +10,40 @@ namespace {
 
 using packed::kTileRows;
 
-// Rows that share one expansion of the weights.
+// Rows that share one expansion of the weights, as far as registers go.
+#if defined(SPARSEK_ISA_AVX512)
+constexpr int kMaxRows = 8;
+#elif defined(SPARSEK_ISA_AVX2)
 constexpr int kMaxRows = 4;
+#else
+constexpr int kMaxRows = 2;
+#endif
+// Independent sums that one output is spread over: few rows alone would wait for the latency of each addition.
+constexpr int num_chains(int rows) {
+  return rows <= 2 ? 2 : 1;
+}
 
 template <int kRows>
 SPARSEK_INLINE void tile_f32(const DecodeTask& task, int64_t tile, int64_t row, float* sums) {
   const float* x = static_cast<const float*>(task.x.data) + row * task.x.stride;
   const int64_t stride = task.x.stride;
-  VecF even_sum[kRows][kTileVecs] = {}, odd_sum[kRows][kTileVecs] = {};
-  expand(task.weight, tile, 0, packed::depth(task.weight.in_features), [&](int64_t k, int c, VecF even, VecF odd) {
-#pragma GCC unroll 4
+  constexpr int kChains = kTileVecs == 1 ? num_chains(kRows) : 1;
+  VecF even_sum[kRows][kTileVecs][kChains] = {}, odd_sum[kRows][kTileVecs][kChains] = {};
+  const int64_t depth = packed::depth(task.weight.in_features);
+  expand(task.weight, tile, 0, depth, [&](int64_t k, int c, int i, VecF even, VecF odd) {
+    const int chain = i / 2 % kChains;
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      even_sum[r][c] += even * x[r * stride + k];
-      odd_sum[r][c] += odd * x[r * stride + k + 1];
+      even_sum[r][c][chain] += even * x[r * stride + k];
+      odd_sum[r][c][chain] += odd * x[r * stride + k + 1];
     }
   });
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kTileVecs; ++c) store(sums + r * kTileRows + c * kLanes, even_sum[r][c] + odd_sum[r][c]);
+    for (int c = 0; c < kTileVecs; ++c) {
+      VecF sum = even_sum[r][c][0] + odd_sum[r][c][0];
+      for (int chain = 1; chain < kChains; ++chain) sum += even_sum[r][c][chain] + odd_sum[r][c][chain];
+      store(sums + r * kTileRows + c * kLanes, sum);
+    }
   }
 }
 
@@ -59,10 +76,11 @@ SPARSEK_INLINE void tile_bf16(const DecodeTask& task, int64_t tile, int64_t row,
   const int64_t depth = packed::depth(weight.in_features);
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
+    prefetch_ahead<128>(data + k * kTileRows * 2);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const __m512i pairs = _mm512_loadu_si512(data + (k + 2 * i) * kTileRows * 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[r][i] = dot(sum[r][i], pairs, x + r * task.x.stride + k + 2 * i);
     }
   }
@@ -81,24 +99,29 @@ SPARSEK_INLINE void tile_q4_1(const DecodeTask& task, int64_t tile, int64_t row,
   const BFloat16* x = static_cast<const BFloat16*>(task.x.data) + row * stride;
   const float* block_sums = task.block_sums + row * num_blocks;
   const __m512i table = nibble_table(0, 1, 16);
+  constexpr int kChains = num_chains(kRows);
   VecF sum[kRows] = {};
   for (int64_t b = 0; b < num_blocks; ++b, block += packed::kQ41BlockBytes, x += packed::kBlock) {
-    VecF q_dot_x[kRows][2] = {};
+    prefetch_ahead<packed::kQ41BlockBytes>(block);
+    VecF q_dot_x[kRows][kChains] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const __m512i words = _mm512_loadu_si512(block + packed::kQ41Nibbles + v * 64);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m512i q = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), table);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) q_dot_x[r][i % 2] = dot(q_dot_x[r][i % 2], q, x + r * stride + v * 8 + i * 2);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          VecF& chain = q_dot_x[r][i % kChains];
+          chain = dot(chain, q, x + r * stride + v * 8 + i * 2);
+        }
       }
     }
     const VecF d = load_half(block), m = load_half(block + packed::kQ41Minimum);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sum[r] += m * block_sums[r * num_blocks + b];
-      sum[r] += d * (q_dot_x[r][0] + q_dot_x[r][1]);
+      sum[r] += d * (kChains == 1 ? q_dot_x[r][0] : q_dot_x[r][0] + q_dot_x[r][1]);
     }
   }
   for (int r = 0; r < kRows; ++r) store(sums + r * kTileRows, sum[r]);
@@ -112,10 +135,12 @@ SPARSEK_INLINE void tile_q8_0(const DecodeTask& task, int64_t tile, int64_t row,
   const uint8_t* block = scales + packed::q80_scales_bytes(weight.in_features);
   const int64_t num_blocks = weight.in_features / packed::kBlock, stride = task.x.stride;
   const BFloat16* x = static_cast<const BFloat16*>(task.x.data) + row * stride;
+  constexpr int kChains = num_chains(kRows);
   const __m512i low_table = nibble_table(0, 1, 16), high_table = nibble_table(0, 16, 8);
   VecF sum[kRows] = {};
   for (int64_t b = 0; b < num_blocks; ++b, block += packed::kQ80BlockBytes, x += packed::kBlock) {
-    VecF q_dot_x[kRows][2] = {};
+    prefetch_ahead<packed::kQ80BlockBytes>(block);
+    VecF low_dot_x[kRows][kChains] = {}, high_dot_x[kRows][kChains] = {};
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
       const __m512i words = _mm512_loadu_si512(block + v * 64);
@@ -123,17 +148,19 @@ SPARSEK_INLINE void tile_q8_0(const DecodeTask& task, int64_t tile, int64_t row,
       for (int i = 0; i < 2; ++i) {
         const __m512i low = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8 * i), low_table);
         const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8 * i + 4), high_table);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const BFloat16* pair = x + r * stride + v * 4 + i * 2;
-          q_dot_x[r][0] = dot(q_dot_x[r][0], low, pair);
-          q_dot_x[r][1] = dot(q_dot_x[r][1], high, pair);
+          low_dot_x[r][i % kChains] = dot(low_dot_x[r][i % kChains], low, pair);
+          high_dot_x[r][i % kChains] = dot(high_dot_x[r][i % kChains], high, pair);
         }
       }
     }
     const VecF d = load_half(scales + b * packed::kQ80ScaleBytes);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sum[r] += d * (q_dot_x[r][0] + q_dot_x[r][1]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      for (int chain = 0; chain < kChains; ++chain) sum[r] += d * (low_dot_x[r][chain] + high_dot_x[r][chain]);
+    }
   }
   for (int r = 0; r < kRows; ++r) store(sums + r * kTileRows, sum[r]);
 }
@@ -176,12 +203,28 @@ void linear_decode(const DecodeTask& task) {
         case 1:
           tile_rows<1>(task, tile, row);
           break;
+#if !defined(SPARSEK_ISA_PORTABLE)
         case 2:
           tile_rows<2>(task, tile, row);
           break;
         case 3:
           tile_rows<3>(task, tile, row);
           break;
+#endif
+#if defined(SPARSEK_ISA_AVX512)
+        case 4:
+          tile_rows<4>(task, tile, row);
+          break;
+        case 5:
+          tile_rows<5>(task, tile, row);
+          break;
+        case 6:
+          tile_rows<6>(task, tile, row);
+          break;
+        case 7:
+          tile_rows<7>(task, tile, row);
+          break;
+#endif
         default:
           tile_rows<kMaxRows>(task, tile, row);
           break;

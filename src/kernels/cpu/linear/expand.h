@@ -42,14 +42,25 @@ SPARSEK_INLINE VecF nibble_to_float(VecU x) {
 #endif
 }
 
-// Calls sink(k, vec, even, odd) for every even k in [k_begin, k_end) and every vector of the tile's 16 rows: their
-// weights at k and k + 1. The bounds are multiples of 32 or the end of the depth.
+// Asks for kBytes of what follows some blocks later. Weights come from memory once per call, and the processor's own
+// prefetching loses the stream at every page: without this, two threads read Q8_0 at 23 GB/s instead of 39.
+inline constexpr int kPrefetchDistance = 2048;
+template <int kBytes>
+SPARSEK_INLINE void prefetch_ahead(const uint8_t* p) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + kPrefetchDistance + i);
+}
+
+// Calls sink(k, vec, i, even, odd) for every even k in [k_begin, k_end) and every vector of the tile's 16 rows: their
+// weights at k and k + 1. i is k within a group of weights, a constant after unrolling. The bounds are multiples of 32
+// or the end of the depth.
 template <class Sink>
 SPARSEK_INLINE void expand_f32(const uint8_t* tile, int64_t k_begin, int64_t k_end, Sink sink) {
   for (int64_t k = k_begin; k < k_end; k += 2) {
+    prefetch_ahead<128>(tile + k * packed::kTileRows * 4);
     for (int c = 0; c < kTileVecs; ++c) {
       const uint8_t* from = tile + (k * packed::kTileRows + c * kLanes) * 4;
-      sink(k, c, (VecF)load_words(from), (VecF)load_words(from + packed::kTileRows * 4));
+      sink(k, c, 0, (VecF)load_words(from), (VecF)load_words(from + packed::kTileRows * 4));
     }
   }
 }
@@ -57,9 +68,10 @@ SPARSEK_INLINE void expand_f32(const uint8_t* tile, int64_t k_begin, int64_t k_e
 template <class Sink>
 SPARSEK_INLINE void expand_bf16(const uint8_t* tile, int64_t k_begin, int64_t k_end, Sink sink) {
   for (int64_t k = k_begin; k < k_end; k += 2) {
+    prefetch_ahead<64>(tile + k * packed::kTileRows * 2);
     for (int c = 0; c < kTileVecs; ++c) {
       const VecU pair = load_words(tile + (k * packed::kTileRows + c * kLanes * 2) * 2);
-      sink(k, c, (VecF)(pair << 16), (VecF)(pair & 0xffff0000u));
+      sink(k, c, 0, (VecF)(pair << 16), (VecF)(pair & 0xffff0000u));
     }
   }
 }
@@ -68,6 +80,7 @@ template <class Sink>
 SPARSEK_INLINE void expand_q4_1(const uint8_t* tile, int64_t k_begin, int64_t k_end, Sink sink) {
   for (int64_t k = k_begin; k < k_end; k += packed::kBlock) {
     const uint8_t* block = tile + k / packed::kBlock * packed::kQ41BlockBytes;
+    prefetch_ahead<packed::kQ41BlockBytes>(block);
     for (int c = 0; c < kTileVecs; ++c) {
       const VecF d = load_half(block + c * kLanes * 2);
       const VecF m = load_half(block + packed::kQ41Minimum + c * kLanes * 2);
@@ -77,7 +90,7 @@ SPARSEK_INLINE void expand_q4_1(const uint8_t* tile, int64_t k_begin, int64_t k_
         for (int i = 0; i < 8; i += 2) {
           const VecF even = nibble_to_float(words >> packed::q41_shift(i));
           const VecF odd = nibble_to_float(words >> packed::q41_shift(i + 1));
-          sink(k + v * 8 + i, c, even * d + m, odd * d + m);
+          sink(k + v * 8 + i, c, i, even * d + m, odd * d + m);
         }
       }
     }
@@ -89,6 +102,7 @@ SPARSEK_INLINE void expand_q8_0(const uint8_t* tile, int64_t in_features, int64_
   const uint8_t* values = tile + packed::q80_scales_bytes(in_features);
   for (int64_t k = k_begin; k < k_end; k += packed::kBlock) {
     const int64_t block = k / packed::kBlock;
+    prefetch_ahead<packed::kQ80BlockBytes>(values + block * packed::kQ80BlockBytes);
     for (int c = 0; c < kTileVecs; ++c) {
       const VecF d = load_half(tile + block * packed::kQ80ScaleBytes + c * kLanes * 2);
       for (int v = 0; v < 8; ++v) {
@@ -97,7 +111,7 @@ SPARSEK_INLINE void expand_q8_0(const uint8_t* tile, int64_t in_features, int64_
         for (int i = 0; i < 4; i += 2) {  // each byte to the top, then down again with its sign
           const VecI even = (VecI)(words << (24 - packed::q80_shift(i))) >> 24;
           const VecI odd = (VecI)(words << (24 - packed::q80_shift(i + 1))) >> 24;
-          sink(k + v * 4 + i, c, __builtin_convertvector(even, VecF) * d, __builtin_convertvector(odd, VecF) * d);
+          sink(k + v * 4 + i, c, i, __builtin_convertvector(even, VecF) * d, __builtin_convertvector(odd, VecF) * d);
         }
       }
     }

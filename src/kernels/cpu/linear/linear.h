@@ -9,7 +9,8 @@
 //
 // x decides the arithmetic; sums are always float32:
 //   x kF32   the weight's values in float32.
-//   x kBF16  more than kMaxDecodeRows rows: the weight's values rounded to bfloat16. Up to that many: unrounded values.
+//   x kBF16  AVX-512 with more than kMaxDecodeRows rows: the weight's values rounded to bfloat16. Otherwise unrounded
+//            values (other instruction sets convert x to float32).
 // It does not check anything: sizes and types are asserted. The caller re-encodes types other than those of
 // can_pack with quantise_q8_0.
 #pragma once
