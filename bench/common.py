@@ -1,0 +1,44 @@
+"""What the benchmarks share: the program, the machine and commit in every result, and where results go."""
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "build/release/sparsek"
+RESULTS = ROOT / "bench/results"
+
+
+def environment():
+    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    git = lambda *args: subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
+def sparsek(*arguments):
+    """Runs the program with --json and gives the object it prints."""
+    command = [str(PROGRAM), *map(str, arguments), "--json"]
+    environment = {"OMP_PROC_BIND": "true", **os.environ}
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+
+
+def save(name, command, results):
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"command": command, "environment": environment(), **results}, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+def loss_from(result, begin):
+    """Mean loss of the targets at positions >= begin of a `perplexity --json` object."""
+    parts = [(bucket["to"] - bucket["from"], bucket["loss"]) for bucket in result["loss_by_position"] if bucket["from"] >= begin]
+    return sum(width * loss for width, loss in parts) / sum(width for width, _ in parts)

@@ -1,0 +1,75 @@
+"""Loss of SmolLM2-135M without any training: SparseK, window and sinks of the same 1,024 keys, and dense, on texts of
+several kinds. Also the same target tokens after 8K and after 16K of context.
+
+    python bench/quality.py            8K of every text, positions 1,536 and later -> bench/results/quality_smollm2.json
+    python bench/quality.py --sweep    splits of 1,024 keys between selection and window -> ..._sweep.json
+    python bench/quality.py --context  8K against 16K of context -> ..._context.json
+"""
+import statistics
+import sys
+
+import texts
+from common import loss_from, save, sparsek
+
+LENGTH, FROM = 8192, 1536
+KEYS, SINKS = 1024, 4
+
+
+def loss(path, *options):
+    return loss_from(sparsek("perplexity", path, "--model", "smollm2", "--max-tokens", LENGTH, *options), FROM)
+
+
+def compare():
+    rows = {}
+    for name, (kind, path) in texts.prepare().items():
+        rows[name] = {
+            "kind": kind,
+            "dense": loss(path, "--attention", "dense"),
+            "window": loss(path, "--attention", "window"),
+            "window_mass": loss(path, "--attention", "sparsek"),
+            "key_norm": loss(path, "--attention", "sparsek", "--scorer", "key_norm"),
+        }
+        row = rows[name]
+        print(f"{name:<14} dense {row['dense']:.4f}  window {row['window']:.4f}  window_mass {row['window_mass']:.4f}  "
+              f"key_norm {row['key_norm']:.4f}", flush=True)
+    mean = {key: statistics.mean(row[key] for row in rows.values()) for key in ("dense", "window", "window_mass", "key_norm")}
+    print("mean          ", mean)
+    worst = max(row["window_mass"] - row["window"] for row in rows.values())
+    save("quality_smollm2", "python bench/quality.py",
+         {"tokens": LENGTH, "from_position": FROM, "texts": rows, "mean": mean, "worst_window_mass_minus_window": worst})
+
+
+def sweep():
+    made = texts.prepare()
+    rows = {}
+    for topk in (124, 252, 380, 508, 636, 764):
+        window = KEYS - SINKS - topk
+        losses = {name: loss(path, "--attention", "sparsek", "--topk", topk, "--window", window)
+                  for name, (_, path) in made.items()}
+        rows[f"{topk}/{window}/{SINKS}"] = {"mean": statistics.mean(losses.values()), "texts": losses}
+        print(f"topk {topk} window {window}: {statistics.mean(losses.values()):.4f}", flush=True)
+    save("quality_smollm2_sweep", "python bench/quality.py --sweep", {"tokens": LENGTH, "from_position": FROM, "splits": rows})
+
+
+def context():
+    """The same 2,048 target tokens of each text, after 8,192 and after 16,384 tokens of it."""
+    targets, rows = 2048, {}
+    for name, (kind, path) in texts.prepare().items():
+        row = {}
+        for attention in ("sparsek", "window", "dense"):
+            for before in (8192, 16384):
+                result = sparsek("perplexity", path, "--model", "smollm2", "--attention", attention,
+                                 "--skip-tokens", 16384 - before, "--max-tokens", before + targets)
+                if result["tokens"] < before + targets:
+                    break
+                row[f"{attention} after {before}"] = loss_from(result, before)
+        if len(row) == 6:
+            rows[name] = row
+            print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
+    mean = {key: statistics.mean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
+    print("mean", mean)
+    save("quality_smollm2_context", "python bench/quality.py --context", {"targets": targets, "texts": rows, "mean": mean})
+
+
+if __name__ == "__main__":
+    {"": compare, "--sweep": sweep, "--context": context}["".join(sys.argv[1:2])]()

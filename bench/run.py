@@ -1,0 +1,9 @@
+"""All CPU benchmarks, one after the other; --peers adds llama.cpp."""
+import pathlib
+import subprocess
+import sys
+
+FOLDER = pathlib.Path(__file__).parent
+for script in (["attention.py"], ["model.py", *sys.argv[1:]], ["memory.py"], ["quality.py"], ["quality.py", "--context"]):
+    print(f"== {' '.join(script)}", flush=True)
+    subprocess.run([sys.executable, FOLDER / script[0], *script[1:]], check=True)
