@@ -3,21 +3,13 @@
 
 #include "kernels/cpu/attention/attention.h"
 #include "kernels/cpu/attention/plan.h"
-#include "kernels/cpu/simd/dispatch.h"
 #include "tests/kernels/attention/attention_case.h"
+#include "tests/kernels/attention/isas.h"
 
 namespace sparsek::test {
 namespace {
 
 using cpu::Isa;
-
-std::vector<Isa> isas() {
-  std::vector<Isa> all;
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
-    if (static_cast<int>(isa) <= static_cast<int>(cpu::best_isa())) all.push_back(isa);
-  }
-  return all;
-}
 
 // What a plain evaluation in bfloat16 gives: probabilities and gates in double, P rounded to bfloat16, the rest exact.
 // Rows of head_dim. The reference's own out when P is not rounded.

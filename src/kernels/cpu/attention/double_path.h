@@ -5,5 +5,7 @@
 namespace sparsek::cpu {
 
 void forward_double(const AttentionFwdParams& params);
+void backward_double(const AttentionBwdParams& params);
+void window_mass_double(const WindowMassParams& params);
 
 }  // namespace sparsek::cpu

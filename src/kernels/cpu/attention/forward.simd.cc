@@ -118,13 +118,6 @@ void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>
   }
 }
 
-SPARSEK_INLINE void write_row(float* to, const float* from, float factor, int head_dim) {
-  for (int c = 0; c < head_dim; ++c) to[c] = from[c] * factor;
-}
-SPARSEK_INLINE void write_row(BFloat16* to, const float* from, float factor, int head_dim) {
-  for (int c = 0; c < head_dim; ++c) to[c] = to_bf16(from[c] * factor);
-}
-
 template <class T>
 void run(const AttentionFwdParams& p, const RunPlan& plan, char* memory) {
   Arena arena(memory);
@@ -137,21 +130,10 @@ void run(const AttentionFwdParams& p, const RunPlan& plan, char* memory) {
     return static_cast<const T*>(base) + b * strides.batch + head * strides.head;
   };
   const T *q = at(p.q, p.q_strides, first_head), *q_far = p.q_far ? at(p.q_far, p.q_far_strides, first_head) : nullptr;
-  KeySource<T> source;
-  source.k = at(p.k, p.k_strides, kv);
-  source.v = at(p.v, p.v_strides, kv);
-  source.k_far = p.k_far ? at(p.k_far, p.k_far_strides, kv) : source.k;
-  source.k_stride = p.k_strides.seq;
-  source.v_stride = p.v_strides.seq;
-  source.k_far_stride = p.k_far ? p.k_far_strides.seq : p.k_strides.seq;
-  source.scores = soft ? static_cast<const float*>(p.scores) + head_row * p.seqlen_k : nullptr;
-  source.far_begin = p.far_begin + head_row * p.seqlen_k;
-  source.far_end = p.far_end + head_row * p.seqlen_k;
-  source.num_carried = p.num_carried;
   const float* tau = static_cast<const float*>(p.tau) + head_row * p.seqlen_q;
   const int32_t* window_begin = p.window_begin + static_cast<int64_t>(b) * p.seqlen_q;
 
-  keys.begin_run(plan, source);
+  keys.begin_run(plan, key_source<T>(p, plan));
   for (int t = 0; t < plan.num_tiles; ++t) {
     const int32_t first = plan.first_query + t * plan.tile_queries;
     const int32_t end = first + plan.tile_queries < plan.end_query ? first + plan.tile_queries : plan.end_query;

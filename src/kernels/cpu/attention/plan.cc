@@ -10,9 +10,9 @@ int32_t tile_queries(int32_t group_heads) {
   return group_heads <= 8 ? 16 : 8;
 }
 
-int32_t run_queries(int64_t batch_times_kv_heads, int32_t seqlen_q, int32_t tile) {
-  constexpr int64_t kRuns = 256, kShortest = 128, kLongest = 2048;
-  const int64_t length = std::clamp(batch_times_kv_heads * seqlen_q / kRuns, kShortest, kLongest);
+int32_t run_queries(int64_t batch_times_kv_heads, int32_t seqlen_q, int32_t tile, int64_t wanted_runs) {
+  constexpr int64_t kShortest = 128, kLongest = 2048;
+  const int64_t length = std::clamp(batch_times_kv_heads * seqlen_q / wanted_runs, kShortest, kLongest);
   return static_cast<int32_t>((length + tile - 1) / tile * tile);
 }
 

@@ -47,7 +47,7 @@ int32_t tile_queries(int32_t group_heads);
 
 // Queries of a run: enough runs to keep many threads busy, long enough that packing a run's first keys costs little. It
 // depends on the sizes alone, never on the number of threads, and so do the bits of every result.
-int32_t run_queries(int64_t batch_times_kv_heads, int32_t seqlen_q, int32_t tile);
+int32_t run_queries(int64_t batch_times_kv_heads, int32_t seqlen_q, int32_t tile, int64_t wanted_runs);
 
 class RunPlanner {
  public:

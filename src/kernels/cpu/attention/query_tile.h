@@ -41,6 +41,27 @@ SPARSEK_INLINE VecF gate(const Keys<T>& keys, const PanelInfo& panel, int column
   return min(max(load(keys.slot_score + panel.first + column) - tau, splat(0.0f)), splat(1.0f));
 }
 
+// The keys of one (batch row, KV head). Without soft gates no scores: then every weight is 1.
+template <class T>
+SPARSEK_INLINE KeySource<T> key_source(const AttentionFwdParams& p, const RunPlan& plan) {
+  const int64_t lane = static_cast<int64_t>(plan.batch) * p.num_kv_heads + plan.kv_head;
+  const auto at = [&](const void* base, const Strides& strides) {
+    return static_cast<const T*>(base) + plan.batch * strides.batch + plan.kv_head * strides.head;
+  };
+  KeySource<T> source;
+  source.k = at(p.k, p.k_strides);
+  source.v = at(p.v, p.v_strides);
+  source.k_far = p.k_far ? at(p.k_far, p.k_far_strides) : source.k;
+  source.k_stride = p.k_strides.seq;
+  source.v_stride = p.v_strides.seq;
+  source.k_far_stride = p.k_far ? p.k_far_strides.seq : p.k_strides.seq;
+  source.scores = p.gate == Gate::kSoft ? static_cast<const float*>(p.scores) + lane * p.seqlen_k : nullptr;
+  source.far_begin = p.far_begin + lane * p.seqlen_k;
+  source.far_end = p.far_end + lane * p.seqlen_k;
+  source.num_carried = p.num_carried;
+  return source;
+}
+
 // Copies rows [queries][group_heads][head_dim] from a strided tensor; `from` is the first query's first head.
 template <class T>
 SPARSEK_INLINE void gather_rows(const T* from, int64_t stride_seq, int64_t stride_head, int queries, int group_heads,
@@ -51,6 +72,14 @@ SPARSEK_INLINE void gather_rows(const T* from, int64_t stride_seq, int64_t strid
       to += head_dim;
     }
   }
+}
+
+// to = factor * from, rounded to the tensor's type.
+SPARSEK_INLINE void write_row(float* to, const float* from, float factor, int head_dim) {
+  for (int c = 0; c < head_dim; ++c) to[c] = from[c] * factor;
+}
+SPARSEK_INLINE void write_row(BFloat16* to, const float* from, float factor, int head_dim) {
+  for (int c = 0; c < head_dim; ++c) to[c] = to_bf16(from[c] * factor);
 }
 
 }  // namespace sparsek::cpu::SPARSEK_ISA

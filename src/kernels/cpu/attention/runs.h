@@ -29,22 +29,41 @@ class ScratchMemory {
   size_t size_bytes_ = 0;
 };
 
-// Runs in the order (batch row, KV head, first query). shape_of(batch, kv_head) gives the row arrays;
-// body(plan, scratch, run index within its head) does the work.
-template <class ShapeOf, class Body>
-void for_each_run(int32_t batch, int32_t num_kv_heads, int32_t seqlen_q, int32_t tile, int32_t run_length,
-                  const ShapeOf& shape_of, const Body& body) {
-  const int64_t runs = (seqlen_q + run_length - 1) / run_length, heads = static_cast<int64_t>(batch) * num_kv_heads;
+// The two parameter structs that have rows differ in one thing: window_mass gives all heads the same far rows.
+inline RunShape run_shape(const AttentionFwdParams& p, int32_t batch, int32_t kv_head) {
+  const int64_t rows = (static_cast<int64_t>(batch) * p.num_kv_heads + kv_head) * p.seqlen_k;
+  return {p.window_begin + static_cast<int64_t>(batch) * p.seqlen_q,
+          p.far_begin + rows,
+          p.far_end + rows,
+          p.seqlen_q,
+          p.seqlen_k,
+          p.num_carried};
+}
+inline RunShape run_shape(const WindowMassParams& p, int32_t batch, int32_t) {
+  const int64_t rows = static_cast<int64_t>(batch) * p.seqlen_k;
+  return {p.window_begin + static_cast<int64_t>(batch) * p.seqlen_q,
+          p.far_begin + rows,
+          p.far_end + rows,
+          p.seqlen_q,
+          p.seqlen_k,
+          p.num_carried};
+}
+
+// Runs in the order (batch row, KV head, first query). body(plan, scratch, index of the run).
+template <class Params, class Body>
+void for_each_run(const Params& p, int32_t tile, int32_t run_length, const Body& body) {
+  const int64_t runs = (p.seqlen_q + run_length - 1) / run_length;
+  const int64_t items = static_cast<int64_t>(p.batch) * p.num_kv_heads * runs;
 #pragma omp parallel
   {
     RunPlanner planner;
     ScratchMemory scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < heads * runs; ++n) {
-      const auto head = static_cast<int32_t>(n / runs), run = static_cast<int32_t>(n % runs);
-      const int32_t b = head / num_kv_heads, kv_head = head % num_kv_heads, first = run * run_length;
-      const int32_t end = first + run_length < seqlen_q ? first + run_length : seqlen_q;
-      body(planner.plan(shape_of(b, kv_head), b, kv_head, first, end, tile), &scratch, run);
+    for (int64_t n = 0; n < items; ++n) {
+      const auto lane = static_cast<int32_t>(n / runs), first = static_cast<int32_t>(n % runs) * run_length;
+      const int32_t batch = lane / p.num_kv_heads, kv_head = lane % p.num_kv_heads;
+      const int32_t end = first + run_length < p.seqlen_q ? first + run_length : p.seqlen_q;
+      body(planner.plan(run_shape(p, batch, kv_head), batch, kv_head, first, end, tile), &scratch, n);
     }
   }
 }

@@ -187,15 +187,15 @@ SPARSEK_INLINE void multiply_rows(const T* a, int64_t a_row, int64_t a_step, int
   }
 }
 
-// 2^x with relative error below 2e-7 (T float) or 4e-6 (T BFloat16: what it feeds is rounded to 8 bits) for x <= 126;
-// 0 below -126.
+// 2^x with relative error below 2e-7 (T float) or 4e-6 (T BFloat16: what it feeds is rounded to 8 bits); 0 far below
+// -126; above 127 infinite, NaN or at least 2^126, so that a sum shows it.
 template <class T>
 SPARSEK_INLINE VecF exp2_of(VecF x) {
 #if defined(SPARSEK_ISA_AVX512)
   const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, 8);
   const VecF r = x - n;
 #else
-  const VecF clamped = max(splat(-126.0f), x);
+  const VecF clamped = min(max(splat(-126.0f), x), splat(128.0f));
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   VecF shifted = clamped + magic;
   asm("" : "+x"(shifted));  // or the compiler may fold the two additions
