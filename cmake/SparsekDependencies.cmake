@@ -23,3 +23,5 @@ find_package(Torch REQUIRED)
 add_library(sparsek_torch INTERFACE)
 target_include_directories(sparsek_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
 target_link_libraries(sparsek_torch INTERFACE ${TORCH_LIBRARIES} OpenMP::OpenMP_CXX)
+# torch's headers bring their own fmt, of another version than the system's library: there it is used without one.
+target_compile_definitions(sparsek_torch INTERFACE FMT_HEADER_ONLY=1)

@@ -1,0 +1,188 @@
+#include "model/adapter.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+
+#include <charconv>
+#include <cmath>
+#include <map>
+#include <optional>
+
+#include "base/error.h"
+#include "data/safetensors.h"
+
+namespace sparsek::model {
+namespace {
+
+constexpr const char* kFormat = "sparsek-adapter-1";
+constexpr int64_t kMaxHidden = int64_t{1} << 16;
+
+using Metadata = std::map<std::string, std::string>;
+
+// The numbers an adapter and its model have to agree on.
+std::vector<std::pair<std::string, int64_t>> model_sizes(const ModelConfig& model) {
+  return {{"num_layers", model.num_layers},     {"dim", model.dim},           {"num_heads", model.num_heads},
+          {"num_kv_heads", model.num_kv_heads}, {"head_dim", model.head_dim}, {"vocab_size", model.vocab_size}};
+}
+
+class Reader {
+ public:
+  explicit Reader(const std::string& path) : file_(path) {
+    if (text("format") != kFormat) {
+      throw_data("{}: metadata format: expected \"{}\", found \"{}\"", path, kFormat, text("format"));
+    }
+  }
+  const std::string& path() const { return file_.path(); }
+
+  const std::string& text(const std::string& key) const {
+    const auto it = file_.metadata().find(key);
+    if (it == file_.metadata().end()) {
+      throw_data("{}: metadata key {} is missing; this is no sparsek adapter, or a damaged one", file_.path(), key);
+    }
+    return it->second;
+  }
+  int64_t integer(const std::string& key, int64_t low, int64_t high) const {
+    const std::string& value = text(key);
+    int64_t number = 0;
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+    if (error != std::errc() || end != value.data() + value.size() || number < low || number > high) {
+      throw_data("{}: metadata {}: expected {} to {}, found \"{}\"", file_.path(), key, low, high, value);
+    }
+    return number;
+  }
+  bool boolean(const std::string& key) const {
+    const std::string& value = text(key);
+    if (value != "true" && value != "false") {
+      throw_data("{}: metadata {}: expected true or false, found \"{}\"", file_.path(), key, value);
+    }
+    return value == "true";
+  }
+  bool contains(const std::string& name) const { return file_.find(name) != nullptr; }
+
+  // A float tensor as float32; a dimension of -1 may have any size.
+  at::Tensor tensor(const std::string& name, const std::vector<int64_t>& shape) const {
+    const WeightView view = file_.weight(name);
+    bool matches = view.shape.size() == shape.size();
+    for (size_t i = 0; matches && i < shape.size(); ++i) {
+      matches = shape[i] < 0 ? view.shape[i] >= 1 && view.shape[i] <= kMaxHidden : view.shape[i] == shape[i];
+    }
+    if (!matches) {
+      throw_data("{}: tensor {} has shape {}, expected {}", file_.path(), name, shape_text(view.shape),
+                 shape_text(shape));
+    }
+    at::Tensor values = at::empty(view.shape, at::kFloat);
+    dequantise(view.type, view.bytes.data(), view.num_elements(), values.mutable_data_ptr<float>());
+    const float* data = values.const_data_ptr<float>();
+    for (int64_t i = 0; i < view.num_elements(); ++i) {
+      if (!std::isfinite(data[i])) throw_data("{}: tensor {} holds NaN or infinity", file_.path(), name);
+    }
+    return values;
+  }
+
+ private:
+  SafetensorsFile file_;
+};
+
+void check_model(const Reader& file, const ModelConfig& model) {
+  if (file.text("architecture") != name(model.architecture)) {
+    throw_data("{}: made for another model: architecture {}, this model has {}", file.path(), file.text("architecture"),
+               name(model.architecture));
+  }
+  for (const auto& [key, value] : model_sizes(model)) {
+    if (const int64_t found = file.integer(key, 0, INT64_MAX); found != value) {
+      throw_data("{}: made for another model ({}): {} {}, this model has {}", file.path(), file.text("base"), key,
+                 found, value);
+    }
+  }
+}
+
+LayerScorer read_layer(const Reader& file, const ModelConfig& model, int64_t layer) {
+  const std::string prefix = fmt::format("layers.{}.", layer);
+  LayerScorer scorer;
+  int64_t inputs = model.dim;
+  std::string weight = prefix + "scorer.weight";
+  if (!file.contains(weight)) {
+    scorer.hidden_weight = file.tensor(prefix + "scorer.0.weight", {-1, model.dim});
+    inputs = scorer.hidden_weight.size(0);
+    scorer.hidden_bias = file.tensor(prefix + "scorer.0.bias", {inputs});
+    weight = prefix + "scorer.2.weight";
+  }
+  scorer.weight = file.tensor(weight, {model.num_kv_heads, inputs});
+  scorer.alpha = file.tensor(prefix + "alpha", {1}).const_data_ptr<float>()[0];
+  scorer.beta = file.tensor(prefix + "beta", {model.num_kv_heads});
+  scorer.gamma = file.tensor(prefix + "gamma", {model.num_kv_heads});
+  scorer.slope = file.tensor(prefix + "slope", {model.num_kv_heads});
+  for (int64_t h = 0; h < model.num_kv_heads; ++h) {
+    const float slope = scorer.slope.const_data_ptr<float>()[h];
+    if (slope < 0) throw_data("{}: tensor {}slope: expected values >= 0, found {}", file.path(), prefix, slope);
+  }
+  return scorer;
+}
+
+}  // namespace
+
+bool Adapter::uses_delayed_score() const {
+  for (const LayerScorer& layer : layers) {
+    if (layer.alpha != 0) return true;
+  }
+  return false;
+}
+
+Adapter load_adapter(const std::string& path, const ModelConfig& model) {
+  const Reader file(path);
+  check_model(file, model);
+  Adapter adapter;
+  adapter.base = file.text("base");
+  adapter.timestep_norm = file.boolean("timestep_norm");
+  const std::string& gate = file.text("gate");
+  if (gate != "soft" && gate != "hard")
+    throw_data("{}: metadata gate: expected soft or hard, found \"{}\"", path, gate);
+  adapter.attention.gate = gate == "soft" ? Gate::kSoft : Gate::kHard;
+  adapter.attention.topk = file.integer("topk", 1, int64_t{1} << 20);
+  adapter.attention.window_size = file.integer("window_size", 1, int64_t{1} << 20);
+  adapter.attention.num_sinks = file.integer("num_sinks", 0, int64_t{1} << 20);
+  adapter.attention.far_distance = file.integer("far_distance", 0, int64_t{1} << 40);
+  for (int64_t layer = 0; layer < model.num_layers; ++layer) adapter.layers.push_back(read_layer(file, model, layer));
+  return adapter;
+}
+
+void save_adapter(const std::string& path, const Adapter& adapter, const ModelConfig& model) {
+  Metadata metadata = {{"format", kFormat},
+                       {"base", adapter.base},
+                       {"architecture", name(model.architecture)},
+                       {"timestep_norm", adapter.timestep_norm ? "true" : "false"},
+                       {"gate", name(adapter.attention.gate.value())},
+                       {"topk", std::to_string(adapter.attention.topk.value())},
+                       {"window_size", std::to_string(adapter.attention.window_size.value())},
+                       {"num_sinks", std::to_string(adapter.attention.num_sinks.value())},
+                       {"far_distance", std::to_string(adapter.attention.far_distance.value())}};
+  for (const auto& [key, value] : model_sizes(model)) metadata[key] = std::to_string(value);
+
+  std::vector<at::Tensor> kept;  // what the views point into
+  std::vector<WeightView> views;
+  const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+    kept.push_back(tensor.to(at::kFloat).contiguous());
+    const at::Tensor& x = kept.back();
+    views.push_back({name,
+                     WeightType::kF32,
+                     x.sizes().vec(),
+                     {static_cast<const uint8_t*>(x.const_data_ptr()), static_cast<size_t>(x.nbytes())}});
+  };
+  for (size_t i = 0; i < adapter.layers.size(); ++i) {
+    const LayerScorer& scorer = adapter.layers[i];
+    const std::string prefix = fmt::format("layers.{}.", i);
+    const bool is_mlp = scorer.hidden_weight.defined();
+    if (is_mlp) {
+      add(prefix + "scorer.0.weight", scorer.hidden_weight);
+      add(prefix + "scorer.0.bias", scorer.hidden_bias);
+    }
+    add(prefix + (is_mlp ? "scorer.2.weight" : "scorer.weight"), scorer.weight);
+    add(prefix + "alpha", at::full({1}, scorer.alpha, at::kFloat));
+    add(prefix + "beta", scorer.beta);
+    add(prefix + "gamma", scorer.gamma);
+    add(prefix + "slope", scorer.slope);
+  }
+  write_safetensors(path, views, metadata);
+}
+
+}  // namespace sparsek::model

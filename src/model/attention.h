@@ -1,0 +1,45 @@
+// Attention kinds behind one interface: what a layer does with the queries, keys and values of a chunk and with its
+// state. One object serves all layers; what differs between layers is in LayerState (and in an adapter's weights).
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "model/adapter.h"
+#include "model/attention_config.h"
+#include "model/config.h"
+#include "model/decode_state.h"
+
+namespace sparsek::model {
+
+struct AttentionInputs {
+  at::Tensor x;             // [tokens, dim] what q, k, v were projected from (read by adapters)
+  at::Tensor q;             // [1, tokens, num_heads, head_dim], rotated by position
+  at::Tensor k, v;          // [1, tokens, num_kv_heads, head_dim], k rotated by position
+  at::Tensor q_far, k_far;  // eq. 9: R(D) q and k before rotation; undefined without far rotary
+};
+
+class Attention {
+ public:
+  virtual ~Attention() = default;
+  virtual LayerState new_state() const = 0;
+  // The chunk behind `position` tokens that `state` has read. Returns [1, tokens, num_heads, head_dim] and advances the
+  // state. The same numbers, up to floating-point order, however a document is cut.
+  virtual at::Tensor forward(const AttentionInputs& inputs, int64_t layer, int64_t position,
+                             LayerState& state) const = 0;
+  // Of one layer after `tokens` tokens.
+  virtual int64_t state_bytes(int64_t tokens) const = 0;
+};
+
+// `adapter` is null unless the scorer is one; it is read while building and may go afterwards.
+std::unique_ptr<Attention> make_attention(const ModelConfig& config, const AttentionConfig& attention,
+                                          at::ScalarType dtype, const Adapter* adapter);
+
+std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype);
+std::unique_ptr<Attention> make_window_attention(const ModelConfig& config, const AttentionConfig& attention,
+                                                 at::ScalarType dtype);
+std::unique_ptr<Attention> make_sparsek_attention(const ModelConfig& config, const AttentionConfig& attention,
+                                                  at::ScalarType dtype, const Adapter* adapter);
+
+}  // namespace sparsek::model

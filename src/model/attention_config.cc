@@ -1,0 +1,128 @@
+#include "model/attention_config.h"
+
+#include "base/error.h"
+
+namespace sparsek::model {
+namespace {
+
+constexpr int64_t kMaxKeys = int64_t{1} << 20;      // per kind of visible key: far above use, far below int32
+constexpr int64_t kMaxDistance = int64_t{1} << 40;  // positions stay exact in double
+
+int64_t in_range(const char* option, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) throw_usage("{}: expected {} to {}, got {}", option, low, high, value);
+  return value;
+}
+
+template <class T>
+void refuse(const char* option, const std::optional<T>& value, AttentionKind kind, const char* kinds) {
+  if (value) throw_usage("{}: applies to --attention {} only, not to {}; leave it out", option, kinds, name(kind));
+}
+
+// The asked value, the adapter's, or the default; says so when the first hides the second.
+template <class T, class Format>
+T choose(const char* option, const std::optional<T>& asked, const std::optional<T>& adapter, T otherwise, Format format,
+         std::vector<std::string>* notices) {
+  if (asked && adapter && *asked != *adapter && notices != nullptr) {
+    notices->push_back(fmt::format("{} {} overrides the adapter's {}", option, format(*asked), format(*adapter)));
+  }
+  return asked.value_or(adapter.value_or(otherwise));
+}
+
+ScorerKind scorer_kind(const std::string& text) {
+  if (text == "window_mass") return ScorerKind::kWindowMass;
+  if (text == "key_norm") return ScorerKind::kKeyNorm;
+  if (text.empty()) throw_usage("--scorer: expected window_mass, key_norm or the path of an adapter, got nothing");
+  return ScorerKind::kAdapter;
+}
+
+}  // namespace
+
+const char* name(AttentionKind kind) {
+  switch (kind) {
+    case AttentionKind::kDense:
+      return "dense";
+    case AttentionKind::kWindow:
+      return "window";
+    case AttentionKind::kSparsek:
+      return "sparsek";
+  }
+  return "?";
+}
+
+const char* name(Gate gate) {
+  return gate == Gate::kSoft ? "soft" : "hard";
+}
+
+AttentionKind parse_attention_kind(const std::string& text) {
+  for (AttentionKind kind : {AttentionKind::kDense, AttentionKind::kWindow, AttentionKind::kSparsek}) {
+    if (text == name(kind)) return kind;
+  }
+  throw_usage("--attention: expected dense, window or sparsek, got \"{}\"", text);
+}
+
+Gate parse_gate(const std::string& text) {
+  for (Gate gate : {Gate::kSoft, Gate::kHard}) {
+    if (text == name(gate)) return gate;
+  }
+  throw_usage("--gate: expected soft or hard, got \"{}\"", text);
+}
+
+AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
+                        std::vector<std::string>* notices) {
+  AttentionConfig config;
+  config.kind = request.kind;
+  const bool has_selection = request.kind == AttentionKind::kSparsek;
+  if (!has_selection) {
+    refuse("--topk", request.topk, request.kind, "sparsek");
+    refuse("--gate", request.gate, request.kind, "sparsek");
+    if (request.scorer != AttentionRequest{}.scorer) {
+      throw_usage("--scorer: applies to --attention sparsek only, not to {}; leave it out", name(request.kind));
+    }
+  }
+  if (request.kind == AttentionKind::kDense) {
+    refuse("--window", request.window_size, request.kind, "window and sparsek");
+    refuse("--sinks", request.num_sinks, request.kind, "window and sparsek");
+    refuse("--far-distance", request.far_distance, request.kind, "window and sparsek");
+    return config;
+  }
+
+  const AttentionDefaults none;
+  const AttentionDefaults& proposed = has_selection && adapter != nullptr ? *adapter : none;
+  const auto number = [](int64_t value) { return fmt::format("{}", value); };
+  const auto gate_name = [](Gate gate) { return std::string(name(gate)); };
+  if (has_selection) {
+    config.scorer = scorer_kind(request.scorer);
+    if (config.scorer == ScorerKind::kAdapter) config.adapter_path = request.scorer;
+    config.topk =
+        in_range("--topk", choose("--topk", request.topk, proposed.topk, int64_t{508}, number, notices), 1, kMaxKeys);
+    config.gate = choose("--gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);
+  }
+  const int64_t default_window = has_selection ? 512 : 1020;
+  config.window_size = in_range(
+      "--window", choose("--window", request.window_size, proposed.window_size, default_window, number, notices), 1,
+      kMaxKeys);
+  config.num_sinks = in_range(
+      "--sinks", choose("--sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0, kMaxKeys);
+  const int64_t visible = config.num_sinks + config.topk + config.window_size;
+  config.far_distance = in_range(
+      "--far-distance", choose("--far-distance", request.far_distance, proposed.far_distance, visible, number, notices),
+      0, kMaxDistance);
+  return config;
+}
+
+std::string describe(const AttentionConfig& config) {
+  if (config.kind == AttentionKind::kDense) return "dense";
+  std::string text = name(config.kind);
+  if (config.kind == AttentionKind::kSparsek) text += fmt::format(" topk {}", config.topk);
+  text += fmt::format(" window {} sinks {}", config.window_size, config.num_sinks);
+  if (config.kind == AttentionKind::kSparsek) {
+    const char* scorer = config.scorer == ScorerKind::kWindowMass ? "window_mass"
+                         : config.scorer == ScorerKind::kKeyNorm  ? "key_norm"
+                                                                  : config.adapter_path.c_str();
+    text += fmt::format(" gate {} scorer {}", name(config.gate), scorer);
+  }
+  text += config.has_far_rotary() ? fmt::format(" far-distance {}", config.far_distance) : " far-distance off";
+  return text;
+}
+
+}  // namespace sparsek::model

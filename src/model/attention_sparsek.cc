@@ -1,0 +1,148 @@
+// SparseK attention over the constant state of section 6: sinks, window, and the topk keys of highest score among those
+// that left the window. Where the score comes from:
+//   window_mass  u = y of eq. 1b, known when a key leaves the window; nothing is trained
+//   key_norm     u = -||k||_2, known at once; nothing is trained (a rotation does not change it)
+//   adapter      eq. 1 with the adapter's scorer, delayed as soon as a layer's alpha is not 0
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "model/attention.h"
+#include "model/scorer.h"
+
+namespace sparsek::model {
+namespace {
+
+class SparsekAttention final : public Attention {
+ public:
+  SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
+                   const Adapter* adapter)
+      : scorer_kind_(attention.scorer) {
+    if (adapter != nullptr) {
+      timestep_norm_ = adapter->timestep_norm;
+      for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer);
+    }
+    const bool is_delayed =
+        scorer_kind_ == ScorerKind::kWindowMass || (adapter != nullptr && adapter->uses_delayed_score());
+    options_.topk = attention.topk;
+    options_.window_size = attention.window_size;
+    options_.num_sinks = attention.num_sinks;
+    options_.gate = name(attention.gate);
+    options_.delayed_scores = is_delayed;
+    state_options_.num_kv_heads = config.num_kv_heads;
+    state_options_.head_dim = config.head_dim;
+    state_options_.topk = attention.topk;
+    state_options_.window_size = attention.window_size;
+    state_options_.num_sinks = attention.num_sinks;
+    state_options_.far_rotary = attention.has_far_rotary();
+    state_options_.delayed_scores = is_delayed;
+    state_options_.dtype = dtype;
+  }
+
+  LayerState new_state() const override {
+    LayerState state;
+    state.sparsek = ops::new_attention_state(state_options_);
+    return state;
+  }
+
+  at::Tensor forward(const AttentionInputs& in, int64_t layer, int64_t position,
+                     LayerState& layer_state) const override {
+    ops::AttentionState& state = layer_state.sparsek;
+    const auto far = [](const at::Tensor& x) { return x.defined() ? ops::MaybeTensor(x) : std::nullopt; };
+    const ops::MaybeTensor q_far = far(in.q_far), k_far = far(in.k_far);
+    const bool is_step = in.q.size(1) == 1;
+
+    at::Tensor y, ring_mass;  // y of the keys that leave the window at the chunk's queries
+    if (options_.delayed_scores) {
+      if (is_step) {
+        y = ops::leaving_mass(state, options_);
+      } else {
+        std::tie(y, ring_mass) = ops::window_mass_chunk(in.q, in.k, state, options_, q_far, k_far);
+      }
+    }
+    at::Tensor stats, ring_scores;
+    at::Tensor scores = y;
+    if (scorer_kind_ == ScorerKind::kKeyNorm) {
+      scores = at::linalg_vector_norm(in.k, 2, at::IntArrayRef{-1}, false, at::kFloat).neg_();
+    } else if (scorer_kind_ == ScorerKind::kAdapter) {
+      const Scorer& scorer = scorers_[layer];
+      if (options_.delayed_scores) {
+        ring_scores = state.ring_scores.clone();
+        const at::Tensor leaving = exchange(scorer(in.x), position, ring_scores);
+        std::tie(scores, stats) = delayed_scores(scorer, leaving.add(y, scorer.alpha), position, state.stats);
+      } else {
+        std::tie(scores, stats) = ops::normalise_scores(scorer(in.x), scorer.beta, scorer.gamma, scorer.slope,
+                                                        state.stats, {}, timestep_norm_);
+      }
+    }
+
+    at::Tensor out;
+    if (is_step) {
+      out = ops::decode_step(in.q, in.k, in.v, scores, state, options_, q_far, k_far);
+    } else {
+      at::Tensor softmax_lse;
+      ops::AttentionState next;
+      std::tie(out, softmax_lse, next) = ops::attention_chunk(in.q, in.k, in.v, scores, state, options_, q_far, k_far);
+      state = std::move(next);
+      if (ring_mass.defined()) state.ring_mass = std::move(ring_mass);
+    }
+    if (stats.defined()) state.stats = std::move(stats);
+    if (ring_scores.defined()) state.ring_scores = std::move(ring_scores);
+    return out;
+  }
+
+  int64_t state_bytes(int64_t) const override { return ops::size_in_bytes(ops::new_attention_state(state_options_)); }
+
+ private:
+  // Puts the raw scores of the chunk's tokens [1, tokens, num_kv_heads] into the ring [1, num_kv_heads, window_size]
+  // and returns those of the keys that leave it, one per query; zeros stand where there is none yet.
+  at::Tensor exchange(const at::Tensor& raw, int64_t position, at::Tensor& ring_scores) const {
+    const int64_t window = options_.window_size, tokens = raw.size(1);
+    const at::Tensor order = ring_order(position, std::min(tokens, window), ring_scores);
+    const at::Tensor before = ring_scores.index_select(2, order).transpose(1, 2);  // positions position - window ..
+    at::Tensor leaving = tokens > window ? at::cat({before, raw.narrow(1, 0, tokens - window)}, 1) : before;
+    const int64_t kept = std::min(tokens, window);
+    ring_scores.index_copy_(2, ring_order(position + tokens - kept, kept, ring_scores),
+                            raw.narrow(1, tokens - kept, kept).transpose(1, 2).contiguous());
+    return leaving;
+  }
+
+  // Ring rows of positions first .. first + count - 1.
+  at::Tensor ring_order(int64_t first, int64_t count, const at::Tensor& like) const {
+    at::Tensor order = at::empty({count}, like.options().dtype(at::kLong));
+    int64_t* rows = order.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < count; ++i) rows[i] = (first + i) % options_.window_size;
+    return order;
+  }
+
+  // Eq. 1 of the leaving keys raw [1, tokens, num_kv_heads]. Query t's key has position position + t - window_size;
+  // keys before the document's start neither enter the statistics nor get a score.
+  std::tuple<at::Tensor, at::Tensor> delayed_scores(const Scorer& scorer, const at::Tensor& raw, int64_t position,
+                                                    const at::Tensor& stats) const {
+    const int64_t missing = std::clamp(options_.window_size - position, int64_t{0}, raw.size(1));
+    at::Tensor scores = raw.clone();
+    if (missing == raw.size(1)) return {scores, stats};
+    auto [real, new_stats] = ops::normalise_scores(raw.narrow(1, missing, raw.size(1) - missing), scorer.beta,
+                                                   scorer.gamma, scorer.slope, stats, {}, timestep_norm_);
+    scores.narrow(1, missing, real.size(1)).copy_(real);
+    return {scores, new_stats};
+  }
+
+  ScorerKind scorer_kind_;
+  bool timestep_norm_ = false;
+  std::vector<Scorer> scorers_;  // one a layer, adapters only
+  ops::AttentionOptions options_;
+  ops::AttentionStateOptions state_options_;
+};
+
+}  // namespace
+
+std::unique_ptr<Attention> make_sparsek_attention(const ModelConfig& config, const AttentionConfig& attention,
+                                                  at::ScalarType dtype, const Adapter* adapter) {
+  return std::make_unique<SparsekAttention>(config, attention, dtype, adapter);
+}
+
+}  // namespace sparsek::model

@@ -1,0 +1,255 @@
+#include "model/weights.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "base/error.h"
+
+namespace sparsek::model {
+namespace {
+
+constexpr int64_t kRowsPerStep = 256;  // re-encoding scratch: this many rows in float32
+
+using Notices = std::map<std::string, int64_t>;  // "Q4_K as Q8_0" -> number of tensors
+
+struct Part {
+  WeightId weight;
+  WeightId bias;
+};
+
+// A stack of matrices with the same input, as they lie in one packed weight.
+struct Stack {
+  std::vector<Part> parts;
+  int64_t in_features = 0, out_features = 0;
+  bool has_bias = false;
+  WeightType type = WeightType::kF32;
+};
+
+Stack plan_stack(const Checkpoint& checkpoint, std::vector<Part> parts, bool has_bias, int64_t layer,
+                 at::ScalarType dtype) {
+  Stack stack{std::move(parts), 0, 0, has_bias, WeightType::kF32};
+  std::vector<WeightType> types;
+  for (const Part& part : stack.parts) {
+    const WeightView view = checkpoint.weight(part.weight, layer);
+    stack.in_features = view.shape[1];
+    stack.out_features += view.shape[0];
+    types.push_back(view.type);
+  }
+  stack.type = packed_type(types, stack.in_features, dtype);
+  return stack;
+}
+
+// Rows of a matrix in the order of the file to rows in our order.
+struct RowOrder {
+  int64_t interleaved_head_dim = 0;  // 0: as in the file
+  int64_t operator()(int64_t row) const {
+    if (interleaved_head_dim == 0) return row;
+    const int64_t head = row / interleaved_head_dim, within = row % interleaved_head_dim;
+    return head * interleaved_head_dim + (within % 2) * (interleaved_head_dim / 2) + within / 2;
+  }
+};
+
+void pack_part(const Checkpoint& checkpoint, const WeightView& view, RowOrder order, int64_t row_offset,
+               ops::PackedLinear& packed) {
+  const int64_t rows = view.shape[0], columns = view.shape[1];
+  const int64_t row_bytes = static_cast<int64_t>(view.bytes.size()) / rows;
+  const WeightLayout target = layout(packed.type);
+  const int64_t target_row_bytes = columns / target.block_elements * target.block_bytes;
+  const bool as_it_is = view.type == packed.type;
+  const int64_t step = std::min(kRowsPerStep, rows);
+  std::vector<float> values(as_it_is ? 0 : step * columns);
+  std::vector<uint8_t> encoded(as_it_is ? 0 : step * target_row_bytes);
+  for (int64_t first = 0; first < rows; first += step) {
+    const int64_t count = std::min(step, rows - first);
+    const uint8_t* blocks = view.bytes.data() + first * row_bytes;
+    if (!as_it_is) {
+      float* plain = packed.type == WeightType::kF32 ? reinterpret_cast<float*>(encoded.data()) : values.data();
+      dequantise(view.type, blocks, count * columns, plain);
+      if (packed.type == WeightType::kQ8_0) quantise_q8_0(plain, count * columns, encoded.data());
+      blocks = encoded.data();
+    }
+    if (order.interleaved_head_dim == 0) {
+      ops::pack_rows(packed, row_offset + first, count, blocks);
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        ops::pack_rows(packed, row_offset + order(first + r), 1, blocks + r * target_row_bytes);
+      }
+    }
+    WeightView read = view;
+    read.bytes = view.bytes.subspan(first * row_bytes, count * row_bytes);
+    checkpoint.release(read);
+  }
+}
+
+at::Tensor load_vector(const Checkpoint& checkpoint, const WeightView& view, RowOrder order = {}) {
+  check_finite(view, checkpoint.path());
+  const int64_t count = view.num_elements();
+  std::vector<float> values(count);
+  dequantise(view.type, view.bytes.data(), count, values.data());
+  at::Tensor vector = at::empty({count}, at::kFloat);
+  float* out = vector.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) out[order(i)] = values[i];
+  return vector;
+}
+
+ops::PackedLinear load_stack(const Checkpoint& checkpoint, const Stack& stack, int64_t layer, Notices& notices) {
+  ops::PackedLinear packed = ops::empty_packed(stack.type, stack.out_features, stack.in_features);
+  if (stack.has_bias) packed.bias = at::empty({stack.out_features}, at::kFloat);
+  int64_t row = 0;
+  for (const Part& part : stack.parts) {
+    const WeightView view = checkpoint.weight(part.weight, layer);
+    const RowOrder order{checkpoint.has_interleaved_rotary(part.weight) ? checkpoint.config().head_dim : 0};
+    check_finite(view, checkpoint.path());
+    if (view.type != stack.type)
+      ++notices[fmt::format("{} as {}", sparsek::name(view.type), sparsek::name(stack.type))];
+    pack_part(checkpoint, view, order, row, packed);
+    if (stack.has_bias) {
+      packed.bias.narrow(0, row, view.shape[0])
+          .copy_(load_vector(checkpoint, checkpoint.weight(part.bias, layer), order));
+    }
+    row += view.shape[0];
+  }
+  return packed;
+}
+
+Stack embedding_stack(const Checkpoint& checkpoint, WeightId id, at::ScalarType dtype) {
+  return plan_stack(checkpoint, {{id, id}}, false, 0, dtype);
+}
+
+struct LayerStacks {
+  Stack qkv, attention_output, gate_up, down;
+};
+LayerStacks layer_stacks(const Checkpoint& checkpoint, int64_t layer, at::ScalarType dtype) {
+  const ModelConfig& config = checkpoint.config();
+  const auto stack = [&](std::vector<Part> parts, bool has_bias) {
+    return plan_stack(checkpoint, std::move(parts), has_bias, layer, dtype);
+  };
+  return {stack({{WeightId::kQuery, WeightId::kQueryBias},
+                 {WeightId::kKey, WeightId::kKeyBias},
+                 {WeightId::kValue, WeightId::kValueBias}},
+                config.qkv_bias),
+          stack({{WeightId::kAttentionOutput, WeightId::kAttentionOutputBias}}, config.output_bias),
+          stack({{WeightId::kGate, WeightId::kGate}, {WeightId::kUp, WeightId::kUp}}, false),
+          stack({{WeightId::kDown, WeightId::kDown}}, false)};
+}
+
+int64_t stack_bytes(const Stack& stack) {
+  return ops::packed_size_bytes(stack.type, stack.out_features, stack.in_features) +
+         (stack.has_bias ? stack.out_features * 4 : 0);
+}
+
+// Offsets of the half-precision scales in a block, ended by -1.
+const int* scale_offsets(WeightType type) {
+  static constexpr int kFirst[] = {0, -1}, kFirstTwo[] = {0, 2, -1}, kLast[] = {208, -1};
+  switch (type) {
+    case WeightType::kQ4_1:
+    case WeightType::kQ4_K:
+    case WeightType::kQ5_K:
+      return kFirstTwo;
+    case WeightType::kQ6_K:
+      return kLast;
+    default:
+      return kFirst;  // Q4_0, Q8_0, and F16 itself
+  }
+}
+
+// Whether every `width`-byte float at `offset` of every block has a finite exponent.
+bool all_finite(const uint8_t* blocks, int64_t count, int block_bytes, int offset, int width, uint32_t exponent) {
+  uint32_t bad = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, blocks + b * block_bytes + offset, width);
+    bad |= (bits & exponent) == exponent;
+  }
+  return bad == 0;
+}
+
+}  // namespace
+
+int64_t Weights::size_in_bytes() const {
+  const auto bytes = [](const at::Tensor& x) { return x.defined() ? static_cast<int64_t>(x.nbytes()) : 0; };
+  int64_t sum = embedding.size_in_bytes() + bytes(final_norm);
+  if (!output.data.is_same(embedding.data)) sum += output.size_in_bytes();
+  for (const LayerWeights& layer : layers) {
+    sum += layer.qkv.size_in_bytes() + layer.attention_output.size_in_bytes() + layer.gate_up.size_in_bytes() +
+           layer.down.size_in_bytes() + bytes(layer.attention_norm) + bytes(layer.ffn_norm) + bytes(layer.query_norm) +
+           bytes(layer.key_norm);
+  }
+  return sum;
+}
+
+WeightType packed_type(const std::vector<WeightType>& types, int64_t in_features, at::ScalarType dtype) {
+  const bool same = std::all_of(types.begin(), types.end(), [&](WeightType type) { return type == types.front(); });
+  if (same && ops::can_pack(types.front())) return types.front();
+  const auto is_exact_float = [&](WeightType type) {
+    return type == WeightType::kF32 || type == WeightType::kBF16 || (type == WeightType::kF16 && dtype == at::kFloat);
+  };
+  const bool floats = std::all_of(types.begin(), types.end(), is_exact_float);
+  return floats || in_features % layout(WeightType::kQ8_0).block_elements != 0 ? WeightType::kF32 : WeightType::kQ8_0;
+}
+
+void check_finite(const WeightView& view, const std::string& source) {
+  const WeightLayout blocks = layout(view.type);
+  const int64_t count = view.num_elements() / blocks.block_elements;
+  bool finite = true;
+  if (view.type == WeightType::kF32) {
+    finite = all_finite(view.bytes.data(), count, 4, 0, 4, 0x7f800000u);
+  } else if (view.type == WeightType::kBF16) {
+    finite = all_finite(view.bytes.data(), count, 2, 0, 2, 0x7f80u);
+  } else {
+    for (const int* offset = scale_offsets(view.type); *offset >= 0; ++offset) {
+      finite = finite && all_finite(view.bytes.data(), count, blocks.block_bytes, *offset, 2, 0x7c00u);
+    }
+  }
+  if (!finite) {
+    throw_data("{}: tensor {} holds NaN or infinity; the file is damaged or was converted wrongly", source, view.name);
+  }
+}
+
+int64_t planned_weight_bytes(const Checkpoint& checkpoint, at::ScalarType dtype) {
+  const ModelConfig& config = checkpoint.config();
+  int64_t sum = stack_bytes(embedding_stack(checkpoint, WeightId::kEmbedding, dtype)) + config.dim * 4;
+  if (!config.tied_embeddings) sum += stack_bytes(embedding_stack(checkpoint, WeightId::kOutput, dtype));
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    const LayerStacks stacks = layer_stacks(checkpoint, layer, dtype);
+    sum += stack_bytes(stacks.qkv) + stack_bytes(stacks.attention_output) + stack_bytes(stacks.gate_up) +
+           stack_bytes(stacks.down) + 2 * config.dim * 4 + (config.qk_norm ? 2 * config.head_dim * 4 : 0);
+  }
+  return sum;
+}
+
+Weights load_weights(const Checkpoint& checkpoint, at::ScalarType dtype) {
+  const ModelConfig& config = checkpoint.config();
+  Weights weights;
+  Notices notices;
+  const auto vector = [&](WeightId id, int64_t layer) {
+    const std::optional<WeightView> view = checkpoint.find(id, layer);
+    return view ? load_vector(checkpoint, *view) : at::Tensor();
+  };
+  weights.embedding = load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kEmbedding, dtype), 0, notices);
+  weights.output = config.tied_embeddings
+                       ? weights.embedding
+                       : load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kOutput, dtype), 0, notices);
+  weights.final_norm = vector(WeightId::kFinalNorm, 0);
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerStacks stacks = layer_stacks(checkpoint, i, dtype);
+    LayerWeights layer;
+    layer.attention_norm = vector(WeightId::kAttentionNorm, i);
+    layer.qkv = load_stack(checkpoint, stacks.qkv, i, notices);
+    layer.query_norm = vector(WeightId::kQueryNorm, i);
+    layer.key_norm = vector(WeightId::kKeyNorm, i);
+    layer.attention_output = load_stack(checkpoint, stacks.attention_output, i, notices);
+    layer.ffn_norm = vector(WeightId::kFfnNorm, i);
+    layer.gate_up = load_stack(checkpoint, stacks.gate_up, i, notices);
+    layer.down = load_stack(checkpoint, stacks.down, i, notices);
+    weights.layers.push_back(std::move(layer));
+  }
+  for (const auto& [what, count] : notices)
+    weights.notices.push_back(fmt::format("{} weights held in {}", count, what));
+  return weights;
+}
+
+}  // namespace sparsek::model
