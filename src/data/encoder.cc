@@ -32,7 +32,7 @@ class WordCache {
   };
   // The entry of this piece's hash, whoever it belongs to.
   Entry& slot(std::string_view piece) {
-    if (entries_.empty()) entries_.resize(size_t{1} << 14);
+    if (entries_.empty()) entries_.resize(size_t{1} << 12);
     return entries_[std::hash<std::string_view>{}(piece) & (entries_.size() - 1)];
   }
   static bool holds(const Entry& entry, std::string_view piece) {

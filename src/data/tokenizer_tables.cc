@@ -52,8 +52,9 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
     if (bytes.size() > UINT32_MAX) throw_data("{}: wanted at most 4 GiB of token text", name);
     offsets.push_back(static_cast<uint32_t>(bytes.size()));
   }
-  std::stable_sort(fixed.begin(), fixed.end(),
-                   [](const FixedToken& a, const FixedToken& b) { return a.text.size() > b.text.size(); });
+  std::sort(fixed.begin(), fixed.end(), [](const FixedToken& a, const FixedToken& b) {
+    return a.text.size() != b.text.size() ? a.text.size() > b.text.size() : a.id < b.id;
+  });
   fixed_starts.resize(256);
   for (const FixedToken& token : fixed) fixed_starts[static_cast<uint8_t>(token.text[0])] = true;
 
