@@ -1,13 +1,13 @@
 """SparseK's operations as typed functions.
 
-Layouts: q and out are [batch, seqlen, num_heads, head_dim]; k and v [batch, seqlen, num_kv_heads, head_dim]; scores and
-everything the selection returns [batch, seqlen, num_kv_heads]; softmax_lse [batch, num_heads, seqlen]. The last dimension
-of q, k, v is contiguous, other strides are free. q, k and v are float32, bfloat16 or float64; scores are float32, or
-float64 with float64 q. head_dim is a multiple of 8 up to 256, num_heads a multiple of num_kv_heads.
+Layouts: q and out are [batch, seqlen, num_heads, head_dim]; k and v [batch, seqlen, num_kv_heads, head_dim]; scores
+and everything the selection returns [batch, seqlen, num_kv_heads]; softmax_lse [batch, num_heads, seqlen]. The last
+dimension of q, k, v is contiguous, other strides are free. q, k and v are float32, bfloat16 or float64; scores are
+float32, or float64 with float64 q. head_dim is a multiple of 8 up to 256, num_heads a multiple of num_kv_heads.
 
 Errors are the same everywhere: ValueError for a wrong shape, stride, device or value, TypeError for a wrong dtype,
-NotImplementedError for a second derivative; each message states what was wanted and what was given. Scores must be finite:
-on the CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN.
+NotImplementedError for a second derivative; each message states what was wanted and what was given. Scores must be
+finite: on the CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN.
 """
 
 from typing import NamedTuple, Optional
@@ -55,7 +55,8 @@ def normalise_scores(
         timestep_norm: False leaves out mean and divisor.
 
     Returns:
-        scores like raw, and the statistics after the last position. Differentiable in raw, beta, gamma, slope and stats.
+        scores like raw, and the statistics after the last position. Differentiable once in raw, beta, gamma, slope and
+        stats.
     """
     return _ops.normalise_scores(
         raw, beta, gamma, slope, stats=stats, cu_seqlens=cu_seqlens, timestep_norm=timestep_norm
@@ -112,8 +113,8 @@ def select(
         cu_seqlens: int32 [num_documents + 1], starts 0, ends at seqlen, increasing, with batch 1.
 
     Returns:
-        tau (dtype of scores, -inf where every weight is 1), and int32 expiry, frac_begin, frac_end: key j is selected at
-        queries [j + window_size, expiry[j]) and its weight lies inside (0, 1) at [frac_begin[j], frac_end[j]).
+        tau (dtype of scores, -inf where every weight is 1), and int32 expiry, frac_begin, frac_end: key j is selected
+        at queries [j + window_size, expiry[j]) and its weight lies inside (0, 1) at [frac_begin[j], frac_end[j]).
     """
     return _ops.select(
         scores,
@@ -303,13 +304,14 @@ def attention_chunk(
         q, k, v, scores: the chunk's, laid out as in `attention`.
         state: what the previous chunk returned, or `new_state(...)` of the same options.
         delayed_scores: False: scores[:, t] belongs to the chunk's token t. True: it is the final score of the key at
-            position length + t - window_size, which becomes a candidate at query t (ignored where that is below num_sinks).
+            position length + t - window_size, which becomes a candidate at query t (ignored where that is below
+            num_sinks).
         The rest: as in `attention`.
 
     Returns:
-        out and softmax_lse as `attention` gives them for the whole sequence, and the new state. Differentiable in q, k, v,
-        scores, q_far, k_far and the state's tensors. stats and ring_mass are passed on as they are (`normalise_scores`,
-        `window_mass_chunk`).
+        out and softmax_lse as `attention` gives them for the whole sequence, and the new state. Differentiable once in
+        q, k, v, scores, q_far, k_far and the state's tensors. stats and ring_mass are passed on as they are
+        (`normalise_scores` and `window_mass_chunk` make the new ones).
     """
     out, softmax_lse, new_k, new_v, new_ring_k, *scores_and_lengths = _ops.attention_chunk(
         q,

@@ -57,7 +57,7 @@ struct AttentionState {
 
 struct AttentionStateOptions {
   int64_t batch = 1, num_kv_heads, head_dim, topk, window_size, num_sinks = 0;
-  std::optional<int64_t> pool_size;
+  std::optional<int64_t> pool_size = {};
   bool far_rotary = false, delayed_scores = false;
   at::ScalarType dtype = at::kBFloat16;
 };
@@ -70,9 +70,9 @@ int64_t size_in_bytes(const AttentionState& state);
 // length + t - window_size; ignored where that is < num_sinks), and state.ring_scores is passed through untouched.
 struct AttentionOptions {
   int64_t topk, window_size, num_sinks = 0;
-  std::optional<int64_t> pool_size;
+  std::optional<int64_t> pool_size = {};
   std::string_view gate = "soft";
-  std::optional<double> softmax_scale;
+  std::optional<double> softmax_scale = {};
   bool delayed_scores = false;
 };
 std::tuple<Tensor, Tensor, AttentionState> attention_chunk(const Tensor& q, const Tensor& k, const Tensor& v,
