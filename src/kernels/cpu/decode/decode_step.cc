@@ -31,9 +31,9 @@ constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// The attention of one (batch row, KV head), tile by tile. Kept per thread, so that steps allocate nothing.
+// The attention of one (batch row, KV head), tile by tile. Kept between calls, so that steps allocate nothing.
 template <class Element>
-class UnitAttention {
+class alignas(64) UnitAttention {
  public:
   // Changes the state and lays out the tiles.
   void prepare(const DecodeStepParams& p, int batch_row, int kv_head) {
@@ -155,37 +155,39 @@ void step(const DecodeStepParams& p, const PerIsa<void (*)(const Tile&)>& attend
   const int num_threads = is_parallel ? omp_get_max_threads() : 1;
   const auto attend_tile = attend.active();
 
-  static thread_local std::vector<UnitAttention<Element>> units;
-  if (num_units % num_threads == 0 || num_units >= 8 * num_threads) {
-    const auto whole_unit = [&](int32_t unit) {
-      if (units.empty()) units.resize(1);
-      UnitAttention<Element>& attention = units[0];
-      attention.prepare(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
-      for (const Tile& tile : attention.tiles()) attend_tile(tile);
-      attention.finish(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
+  // The caller's; the other threads are lent theirs, since what OpenMP's threads own themselves is never freed.
+  static thread_local std::vector<UnitAttention<Element>> workspaces;
+  std::vector<UnitAttention<Element>>& attention = workspaces;  // not thread_local: the same in every thread
+  const bool share_units = num_units % num_threads == 0 || num_units >= 8 * num_threads;
+  const auto num_workspaces = static_cast<size_t>(share_units ? num_threads : num_units);
+  if (attention.size() < num_workspaces) attention.resize(num_workspaces);
+  if (share_units) {
+    const auto whole_unit = [&](int32_t unit, UnitAttention<Element>& own) {
+      own.prepare(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
+      for (const Tile& tile : own.tiles()) attend_tile(tile);
+      own.finish(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
     };
     if (num_threads == 1) {
-      for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit);
+      for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit, attention[0]);
     } else {
 #pragma omp parallel for schedule(dynamic, 1)
-      for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit);
+      for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit, attention[omp_get_thread_num()]);
     }
     return;
   }
 
-  if (static_cast<int32_t>(units.size()) < num_units) units.resize(num_units);
-  static thread_local std::vector<const Tile*> tiles;
+  static thread_local std::vector<const Tile*> own_tiles;
+  std::vector<const Tile*>& tiles = own_tiles;
   tiles.clear();
   for (int32_t unit = 0; unit < num_units; ++unit) {
-    units[unit].prepare(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
-    for (const Tile& tile : units[unit].tiles()) tiles.push_back(&tile);
+    attention[unit].prepare(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
+    for (const Tile& tile : attention[unit].tiles()) tiles.push_back(&tile);
   }
-  const Tile* const* all_tiles = tiles.data();  // thread_local: the other threads have their own
   const auto num_tiles = static_cast<int32_t>(tiles.size());
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int32_t t = 0; t < num_tiles; ++t) attend_tile(*all_tiles[t]);
+  for (int32_t t = 0; t < num_tiles; ++t) attend_tile(*tiles[t]);
   for (int32_t unit = 0; unit < num_units; ++unit) {
-    units[unit].finish(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
+    attention[unit].finish(p, unit / p.num_kv_heads, unit % p.num_kv_heads);
   }
 }
 
