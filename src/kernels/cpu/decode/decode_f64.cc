@@ -1,3 +1,4 @@
+// The definition of section 6 in the order of its sentences; the state changes are shared with the vector path.
 #include "kernels/cpu/decode/decode_f64.h"
 
 #include <cmath>
