@@ -23,7 +23,7 @@ bool ByteAlphabet::append_bytes(std::string_view text, std::string& out) const {
   const size_t size_before = out.size();
   for (size_t i = 0; i < text.size();) {
     const Utf8Step step = utf8_step(text.substr(i));
-    const uint32_t c = step.kind == Utf8Kind::kCharacter ? utf8_decode(text.data() + i).value : kNumCharacters;
+    const uint32_t c = step.kind == Utf8Kind::kCharacter ? utf8_decode(text.substr(i)).value : kNumCharacters;
     if (c >= kNumCharacters || bytes_[c] < 0) {
       out.resize(size_before);
       return false;

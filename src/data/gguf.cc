@@ -44,45 +44,45 @@ std::string value_type_name(uint32_t type) {
 
 // Tensor types by the numbers that GGUF gives them. Those without a WeightType are only known by name.
 struct TensorType {
-  uint32_t number;
   const char* name;
+  uint32_t number;
   std::optional<WeightType> weight;
 };
 constexpr TensorType kTensorTypes[] = {
-    {0, "F32", WeightType::kF32},
-    {1, "F16", WeightType::kF16},
-    {2, "Q4_0", WeightType::kQ4_0},
-    {3, "Q4_1", WeightType::kQ4_1},
-    {6, "Q5_0", {}},
-    {7, "Q5_1", {}},
-    {8, "Q8_0", WeightType::kQ8_0},
-    {9, "Q8_1", {}},
-    {10, "Q2_K", {}},
-    {11, "Q3_K", {}},
-    {12, "Q4_K", WeightType::kQ4_K},
-    {13, "Q5_K", WeightType::kQ5_K},
-    {14, "Q6_K", WeightType::kQ6_K},
-    {15, "Q8_K", {}},
-    {16, "IQ2_XXS", {}},
-    {17, "IQ2_XS", {}},
-    {18, "IQ3_XXS", {}},
-    {19, "IQ1_S", {}},
-    {20, "IQ4_NL", {}},
-    {21, "IQ3_S", {}},
-    {22, "IQ2_S", {}},
-    {23, "IQ4_XS", {}},
-    {24, "I8", {}},
-    {25, "I16", {}},
-    {26, "I32", {}},
-    {27, "I64", {}},
-    {28, "F64", {}},
-    {29, "IQ1_M", {}},
-    {30, "BF16", WeightType::kBF16},
-    {34, "TQ1_0", {}},
-    {35, "TQ2_0", {}},
-    {39, "MXFP4", {}},
-    {40, "NVFP4", {}},
-    {41, "Q1_0", {}},
+    {"F32", 0, WeightType::kF32},
+    {"F16", 1, WeightType::kF16},
+    {"Q4_0", 2, WeightType::kQ4_0},
+    {"Q4_1", 3, WeightType::kQ4_1},
+    {"Q5_0", 6, {}},
+    {"Q5_1", 7, {}},
+    {"Q8_0", 8, WeightType::kQ8_0},
+    {"Q8_1", 9, {}},
+    {"Q2_K", 10, {}},
+    {"Q3_K", 11, {}},
+    {"Q4_K", 12, WeightType::kQ4_K},
+    {"Q5_K", 13, WeightType::kQ5_K},
+    {"Q6_K", 14, WeightType::kQ6_K},
+    {"Q8_K", 15, {}},
+    {"IQ2_XXS", 16, {}},
+    {"IQ2_XS", 17, {}},
+    {"IQ3_XXS", 18, {}},
+    {"IQ1_S", 19, {}},
+    {"IQ4_NL", 20, {}},
+    {"IQ3_S", 21, {}},
+    {"IQ2_S", 22, {}},
+    {"IQ4_XS", 23, {}},
+    {"I8", 24, {}},
+    {"I16", 25, {}},
+    {"I32", 26, {}},
+    {"I64", 27, {}},
+    {"F64", 28, {}},
+    {"IQ1_M", 29, {}},
+    {"BF16", 30, WeightType::kBF16},
+    {"TQ1_0", 34, {}},
+    {"TQ2_0", 35, {}},
+    {"MXFP4", 39, {}},
+    {"NVFP4", 40, {}},
+    {"Q1_0", 41, {}},
 };
 
 WeightType weight_type(uint32_t number, std::string_view tensor, const std::string& path) {
@@ -354,9 +354,8 @@ std::string_view GgufFile::string_at(uint64_t offset) const {
   return {reinterpret_cast<const char*>(bytes_.data()) + offset + 8, load<uint64_t>(bytes_, offset)};
 }
 
-const GgufFile::Value& GgufFile::array(std::string_view key, const Value& value, std::string_view wanted) const {
+void GgufFile::check_array(std::string_view key, const Value& value, std::string_view wanted) const {
   if (value.type != kArray) throw_wrong_type(key, value, wanted);
-  return value;
 }
 
 std::optional<int64_t> GgufFile::find_int(std::string_view key) const {
@@ -392,7 +391,8 @@ std::optional<std::string_view> GgufFile::find_string(std::string_view key) cons
 std::optional<std::vector<std::string_view>> GgufFile::find_strings(std::string_view key) const {
   const Value* value = find(key);
   if (value == nullptr) return std::nullopt;
-  if (array(key, *value, "an array of strings").element_type != kString) {
+  check_array(key, *value, "an array of strings");
+  if (value->element_type != kString) {
     throw_wrong_type(key, *value, "an array of strings");
   }
   std::vector<std::string_view> strings;
@@ -408,12 +408,12 @@ std::optional<std::vector<std::string_view>> GgufFile::find_strings(std::string_
 std::optional<std::vector<int64_t>> GgufFile::find_ints(std::string_view key) const {
   const Value* value = find(key);
   if (value == nullptr) return std::nullopt;
-  const Value& list = array(key, *value, "an array of integers");
+  check_array(key, *value, "an array of integers");
   std::vector<int64_t> numbers;
-  numbers.reserve(list.count);
-  for (uint64_t i = 0; i < list.count; ++i) {
-    const auto number = integer_at(bytes_, list.element_type, list.offset + i * kValueBytes[list.element_type]);
-    if (!number) throw_wrong_type(key, list, "an array of integers below 2^63");
+  numbers.reserve(value->count);
+  for (uint64_t i = 0; i < value->count; ++i) {
+    const auto number = integer_at(bytes_, value->element_type, value->offset + i * kValueBytes[value->element_type]);
+    if (!number) throw_wrong_type(key, *value, "an array of integers below 2^63");
     numbers.push_back(*number);
   }
   return numbers;
@@ -422,12 +422,12 @@ std::optional<std::vector<int64_t>> GgufFile::find_ints(std::string_view key) co
 std::optional<std::vector<float>> GgufFile::find_floats(std::string_view key) const {
   const Value* value = find(key);
   if (value == nullptr) return std::nullopt;
-  const Value& list = array(key, *value, "an array of numbers");
+  check_array(key, *value, "an array of numbers");
   std::vector<float> numbers;
-  numbers.reserve(list.count);
-  for (uint64_t i = 0; i < list.count; ++i) {
-    const auto number = float_at(bytes_, list.element_type, list.offset + i * kValueBytes[list.element_type]);
-    if (!number) throw_wrong_type(key, list, "an array of numbers");
+  numbers.reserve(value->count);
+  for (uint64_t i = 0; i < value->count; ++i) {
+    const auto number = float_at(bytes_, value->element_type, value->offset + i * kValueBytes[value->element_type]);
+    if (!number) throw_wrong_type(key, *value, "an array of numbers");
     numbers.push_back(static_cast<float>(*number));
   }
   return numbers;

@@ -64,7 +64,7 @@ class GgufFile {
   void parse();
   const Value* find(std::string_view key) const;
   std::string_view string_at(uint64_t offset) const;
-  const Value& array(std::string_view key, const Value& value, std::string_view wanted) const;
+  void check_array(std::string_view key, const Value& value, std::string_view wanted) const;
   [[noreturn]] void throw_missing(std::string_view key) const;
   [[noreturn]] void throw_wrong_type(std::string_view key, const Value& value, std::string_view wanted) const;
 

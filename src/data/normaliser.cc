@@ -33,10 +33,11 @@ bool starts_anew(uint32_t c) {
 
 void append_nfc(std::string_view text, std::string& out) {
   if (text.empty()) return;
+  // NOLINTNEXTLINE(clang-analyzer-optin.core.EnumCastOutOfRange): the enum's values are flags to be combined
+  constexpr auto kOptions = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   utf8proc_uint8_t* result = nullptr;
-  const utf8proc_ssize_t length =
-      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
-                   &result, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  const utf8proc_ssize_t length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                               static_cast<utf8proc_ssize_t>(text.size()), &result, kOptions);
   const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(result, &std::free);
   if (length < 0) throw std::bad_alloc();  // the text is valid, so nothing else can have gone wrong
   out.append(reinterpret_cast<const char*>(result), static_cast<size_t>(length));
@@ -60,7 +61,7 @@ void NfcNormaliser::push(std::string_view text, std::string& out) {
     done = end;
   };
   for (size_t i = 0; i < held_.size();) {
-    const CodePoint c = utf8_decode(held_.data() + i);
+    const CodePoint c = utf8_decode(std::string_view(held_).substr(i));
     if (is_plain(c.value)) {
       if (!only_plain) append_until(i);
       only_plain = true;

@@ -134,7 +134,7 @@ std::optional<size_t> Pretokenizer::piece_length(std::string_view text, TextEnd 
   if (result < 0 && result != PCRE2_ERROR_NOMATCH) {
     throw std::runtime_error("pretokenizer: PCRE2 error " + std::to_string(result));
   }
-  return static_cast<size_t>(utf8_decode(text.data()).length);  // every pattern matches any character
+  return static_cast<size_t>(utf8_decode(text).length);  // every pattern matches any character
 }
 
 }  // namespace sparsek

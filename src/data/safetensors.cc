@@ -96,6 +96,11 @@ void SafetensorsFile::parse() {
     SafetensorsEntry entry;
     entry.name = name;
     entry.dtype = dtype->get<std::string>();
+    constexpr size_t kMaxDims = 8;
+    if (shape->size() > kMaxDims) {
+      throw_data("{}: tensor {}: wanted at most {} dimensions, found {}", path_, in_quotes(name), kMaxDims,
+                 shape->size());
+    }
     uint64_t num_elements = 1;
     for (const nlohmann::json& item : *shape) {
       const uint64_t size = unsigned_number(item, path_, name);

@@ -51,7 +51,8 @@ std::optional<TokenId> Tokenizer::find_special(std::string_view text) const {
 }
 
 std::vector<TokenId> Tokenizer::prefix() const {
-  return tables_->add_bos ? std::vector<TokenId>{*tables_->bos} : std::vector<TokenId>{};
+  if (!tables_->add_bos || !tables_->bos) return {};
+  return {*tables_->bos};
 }
 
 std::optional<TokenId> Tokenizer::bos() const {

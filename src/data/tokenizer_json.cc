@@ -18,10 +18,10 @@ using Json = nlohmann::json;
 
 // The member of an object, null when it is absent.
 const Json& member(const Json& object, const char* key) {
-  static const Json kNull;
-  if (!object.is_object()) return kNull;
+  static const Json null;
+  if (!object.is_object()) return null;
   const auto it = object.find(key);
-  return it == object.end() ? kNull : *it;
+  return it == object.end() ? null : *it;
 }
 
 std::string text_of(const Json& json) {

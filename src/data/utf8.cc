@@ -57,8 +57,8 @@ size_t utf8_incomplete_suffix(std::string_view text) {
   return 0;
 }
 
-CodePoint utf8_decode(const char* text) {
-  const auto byte = [&](int i) { return static_cast<uint32_t>(static_cast<unsigned char>(text[i])); };
+CodePoint utf8_decode(std::string_view text) {
+  const auto byte = [&](size_t i) { return static_cast<uint32_t>(static_cast<unsigned char>(text[i])); };
   if (byte(0) < 0x80) return {byte(0), 1};
   if (byte(0) < 0xe0) return {((byte(0) & 0x1f) << 6) | (byte(1) & 0x3f), 2};
   if (byte(0) < 0xf0) return {((byte(0) & 0x0f) << 12) | ((byte(1) & 0x3f) << 6) | (byte(2) & 0x3f), 3};

@@ -23,11 +23,11 @@ size_t utf8_valid_prefix(std::string_view text);
 // Bytes at the end of `text` that may be the start of a character still to be completed: 0 to 3.
 size_t utf8_incomplete_suffix(std::string_view text);
 
-// The code point of the valid character that starts at `text`, and its length.
+// The code point of the valid character that `text` begins with, and its length.
 struct CodePoint {
   uint32_t value;
   int length;
 };
-CodePoint utf8_decode(const char* text);
+CodePoint utf8_decode(std::string_view text);
 
 }  // namespace sparsek

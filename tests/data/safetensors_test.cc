@@ -105,6 +105,8 @@ TEST(Safetensors, WrongHeaders) {
   expect_header_refused(R"({"t":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}})",
                         {"'t'", "2^48"});
   expect_header_refused(R"({"t":{"dtype":"F32","shape":[1e999],"data_offsets":[0,16]}})", {"JSON"});
+  expect_header_refused(R"({"t":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}})",
+                        {"'t'", "dimensions", "9"});
   expect_header_refused(R"({"__metadata__":{"a":1}})", {"__metadata__", "'a'"});
   expect_header_refused(R"({"__metadata__":7})", {"__metadata__"});
   expect_header_refused(R"({"t":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"

@@ -1,4 +1,4 @@
-"""Writes small seed inputs for the fuzz targets: make_corpus.py FOLDER makes FOLDER/{gguf,safetensors,tokenizer_json,bpe}."""
+"""Writes small seed inputs for the fuzz targets, a folder for each, under the folder given."""
 
 import pathlib
 import sys
@@ -12,7 +12,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{{ '<|im_start|>assistant\n' }}"
 )
 
@@ -32,8 +33,9 @@ def write_gguf(path, pre, with_tensors):
     writer.add_chat_template(CHATML)
     if with_tensors:
         writer.add_tensor("norm", np.ones(8, dtype=np.float32))
-        for type_ in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q6_K):
-            block, size = gguf.GGML_QUANT_SIZES[type_]
+        types = gguf.GGMLQuantizationType
+        for type_ in (types.Q4_1, types.Q8_0, types.Q6_K):
+            _, size = gguf.GGML_QUANT_SIZES[type_]
             writer.add_tensor(type_.name, np.ones((2, size), dtype=np.uint8), raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -46,7 +48,7 @@ def write_tokenizer(path, pre_tokenizer, normalizer=None):
     tokenizer.pre_tokenizer = pre_tokenizer
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     trainer = trainers.BpeTrainer(vocab_size=40, special_tokens=["<s>", "<|im_start|>"], show_progress=False)
     tokenizer.train_from_iterator(["the cat sat on the mat 12 12\n"], trainer)
     tokenizer.save(str(path), pretty=False)
@@ -73,7 +75,8 @@ def main(folder):
     (folder / "tokenizer_json" / "template").write_text(CHATML)
 
     texts = [
-        "the cat's 12345 they'll  \n\n x", "e\u0301 \u1100\u1161\u11a8 \u304b\u3099 \u0e01\u0e33", "\U0001f468\u200d\U0001f469",
+        "the cat's 12345 they'll  \n\n x", "e\u0301 \u1100\u1161\u11a8 \u304b\u3099 \u0e01\u0e33",
+        "\U0001f468\u200d\U0001f469",
         "<|end|><|end|>><|en", "aaaaaaaaaaaaaaaaaaaaaaaaa the", "\u00a0\u2028 \t\r\n\u180e", "\0\x7f",
     ]  # fmt: skip
     for i, text in enumerate(texts):

@@ -60,7 +60,8 @@ def generated(rng, size):
         (0xF900, 0xFAFF, 1), (0xFB00, 0xFB4F, 1), (0xFE00, 0xFE0F, 1), (0xFF00, 0xFFEF, 2), (0x1D400, 0x1D7FF, 1),
         (0x1F300, 0x1F64F, 4), (0x1F900, 0x1F9FF, 2), (0x20000, 0x2A6DF, 1), (0xE0100, 0xE01EF, 1),
     ]  # fmt: skip
-    fixed = ["'s", "'LL", "'ve", "'\u017f", " ", "  ", "\n", "\r\n", "\n\n\t", "   x", "12345", "\u00a0", "\u2028", "…\n", "\U0001f468\u200d\U0001f469"]
+    fixed = ["'s", "'LL", "'ve", "'\u017f", " ", "  ", "\n", "\r\n", "\n\n\t", "   x", "12345", "\u00a0", "\u2028"]
+    fixed += ["…\n", "\U0001f468\u200d\U0001f469"]
     fixed += SPECIAL + ADDED + ["<|im_", "<|im_start|", "<th"]
     weights = [w for _, _, w in ranges]
     parts = []
@@ -91,8 +92,9 @@ def trained(kind, path):
     tokenizer.decoder = decoders.ByteLevel()
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL, show_progress=False
+        vocab_size=4000, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
     )
     training_text = python_sources(300_000) + generated(random.Random(7), 200_000)
     tokenizer.train_from_iterator(training_text.splitlines(keepends=True), trainer)
@@ -181,7 +183,8 @@ def test_chunks_do_not_matter(pair, chunk):
     _, path = pair
     text = generated(random.Random(chunk), 60_000).encode()
     rng = random.Random(chunk)
-    text = b"".join(text[i : i + 50] + (rng.randbytes(3) if rng.random() < 0.3 else b"") for i in range(0, len(text), 50))
+    parts = [text[i : i + 50] + (rng.randbytes(3) if rng.random() < 0.3 else b"") for i in range(0, len(text), 50)]
+    text = b"".join(parts)
     whole = encode(path, text, "parse")
     assert np.array_equal(whole, encode(path, text, "parse", "chunk", chunk))
 
@@ -204,7 +207,9 @@ def test_smollm2_round_trip_of_the_bytes_it_has(smollm2):
     assert data_tool("decode", path, stdin=encode(path, text).tobytes()).stdout == text
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, "ab " * 300_000, " " * 1_000_000, "\n" * 500_000, "1" * 500_000, "'" * 500_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 1_000_000, "ab " * 300_000, " " * 1_000_000, "\n" * 500_000, "1" * 500_000, "'" * 500_000]
+)
 def test_long_runs_take_no_quadratic_time(smollm2, text):
     """Each takes well under a second; quadratic time would be hours and run into the time limit."""
     tokenizer, path = smollm2
@@ -249,7 +254,10 @@ def test_what_is_not_supported_is_named(tmp_path, edit, words):
     path = tmp_path / "base.json"
     trained_small = tokenizers.Tokenizer(models.BPE())
     trained_small.pre_tokenizer = PRE_TOKENIZERS["gpt-2"]()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL, show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
     trained_small.train_from_iterator(["the quick brown fox"] * 10, trainer)
     trained_small.save(str(path))
     result = data_tool("info", changed(path, tmp_path, edit), check=False)
@@ -286,6 +294,62 @@ def test_chat_template_equals_jinja(tmp_path, template, messages):
     )
     found = render(tmp_path, template, messages)
     assert found.stdout.decode() == wanted
+
+
+def checkpoint(path, pair, tokenizer_config, **files):
+    """A folder around a tokenizer.json, with a model that has no tensors."""
+    path.mkdir()
+    (path / "tokenizer.json").write_bytes(pair[1].read_bytes())
+    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+def info(path):
+    lines = [line.split() for line in data_tool("info", path).stdout.decode().splitlines()]
+    return {words[0]: [int(word) for word in words[1:]] for words in lines}
+
+
+def test_checkpoint_folder(tmp_path, pair):
+    tokenizer, _ = pair
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": LLAMA3}
+    plain = checkpoint(tmp_path / "plain", pair, config)
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert info(plain)["end_ids"] == [0, end]
+    # generation_config.json goes before config.json, the Jinja file before tokenizer_config.json.
+    full = checkpoint(
+        tmp_path / "full",
+        pair,
+        {**config, "add_bos_token": True},
+        generation_config__json=json.dumps({"eos_token_id": [5, end]}),
+        chat_template__jinja=CHATML,
+    )
+    assert info(full)["end_ids"] == sorted([5, end])
+    is_llama = pair[0].post_processor is not None
+    assert info(full)["prefix"] == [0 if is_llama else tokenizer.token_to_id("<|im_start|>")]
+    assert b"<|start_header_id|>user" in data_tool("template", plain, stdin=b"user\0Hi\0").stdout
+    assert b"<|im_start|>user\nHi" in data_tool("template", full, stdin=b"user\0Hi\0").stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"eos_token": "<none>"}, ["eos_token", "<none>"]),
+        ({"add_bos_token": True}, ["BOS"]),
+        ({"chat_template": 7}, ["chat_template"]),
+    ],
+)
+def test_tokenizer_config_that_disagrees_is_named(tmp_path, pair, config, words):
+    if "add_bos_token" in config and pair[0].post_processor is not None:
+        pytest.skip("this tokenizer has a BOS token of its own")
+    result = data_tool("info", checkpoint(tmp_path / "model", pair, config), check=False)
+    message = result.stderr.decode()
+    assert result.returncode == 1 and message.count("\n") == 1
+    for word in words:
+        assert word in message
 
 
 def test_unknown_chat_template_is_named(tmp_path):
