@@ -108,8 +108,8 @@ template <class Actual, class Expected>
   return report.result(num_rows);
 }
 
-// The same-precision rule: each row's relative error is at most `slack` times that of `plain`, the same computation
-// done plainly in the same precision (or the mean of its rows, where a row of it was lucky).
+// The same-precision rule: each row is at most `slack` times as far from `expected` as `plain`, the same computation
+// done plainly in the same precision (or as plain's median relative error, where a row of plain was lucky).
 template <class Actual, class Plain, class Expected>
 ::testing::AssertionResult rows_close_as_plain(const Actual& actual_values, const Plain& plain_values,
                                                const Expected& expected_values, int64_t row_size, double slack = 2.0) {
@@ -120,17 +120,18 @@ template <class Actual, class Plain, class Expected>
                                                         actual.size(), plain.size(), expected.size(), row_size);
   }
   const int64_t num_rows = static_cast<int64_t>(actual.size()) / row_size;
-  double mean = 0;
+  std::vector<double> relative(num_rows);
   for (int64_t row = 0; row < num_rows; ++row) {
-    mean += row_error(&plain[row * row_size], &expected[row * row_size], row_size).relative() /
-            static_cast<double>(num_rows);
+    relative[row] = row_error(&plain[row * row_size], &expected[row * row_size], row_size).relative();
   }
+  const auto middle = relative.begin() + num_rows / 2;
+  std::nth_element(relative.begin(), middle, relative.end());
   RowReport report;
   for (int64_t row = 0; row < num_rows; ++row) {
     const double *a = &actual[row * row_size], *e = &expected[row * row_size];
-    const double error = row_error(a, e, row_size).relative();
-    const double limit = slack * std::max(mean, row_error(&plain[row * row_size], e, row_size).relative());
-    if (!(error <= limit)) report.add_bad(row, error, limit, a, e, row_size);
+    const RowError error = row_error(a, e, row_size), plain_error = row_error(&plain[row * row_size], e, row_size);
+    const double limit = slack * std::max(plain_error.difference, *middle * error.norm);
+    if (!(error.difference <= limit)) report.add_bad(row, error.difference, limit, a, e, row_size);
   }
   return report.result(num_rows);
 }

@@ -1,4 +1,5 @@
 // eq. 10-13: gradients of whole sequences, and of chunks added up, against the reference.
+#include "tests/kernels/properties/gradient_limits.h"
 #include "tests/kernels/properties/problems.h"
 #include "tests/kernels/properties/run_streaming.h"
 

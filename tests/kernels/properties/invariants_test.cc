@@ -2,6 +2,7 @@
 // invariance to a constant in the scores, and repeatable bits.
 #include <omp.h>
 
+#include "tests/kernels/properties/gradient_limits.h"
 #include "tests/kernels/properties/run_streaming.h"
 
 namespace sparsek::test {

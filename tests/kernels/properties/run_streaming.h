@@ -110,7 +110,7 @@ struct StreamingRun<Element>::ChunkSelection {
   Poisoned<int32_t> window_begin;  // and the other outputs of chunk_visibility
   Poisoned<int32_t> far_begin, far_end, frac_begin, frac_end;
   Poisoned<uint8_t> is_sink;
-  Indices row_position;  // [units, num_rows]
+  Indices row_position;  // [batch, num_rows, num_kv_heads]
   Indices pool_position;
   int64_t num_rows, pool_capacity;
 };
@@ -217,9 +217,11 @@ void StreamingRun<Element>::read_chunk(int64_t chunk, Backward backward) {
 
   // Carried rows, then the chunk's own.
   for (int64_t unit = 0; unit < units_; ++unit) {
+    const int64_t b = unit / spec_.num_kv_heads, h = unit % spec_.num_kv_heads;
     for (int64_t r = 0; r < num_rows; ++r) {
-      selection.row_position[unit * num_rows + r] =
-          r < state_rows_ ? row_position_[carried_source[unit * state_rows_ + r]] : length_ + r - state_rows_;
+      int64_t& position = selection.row_position[(b * num_rows + r) * spec_.num_kv_heads + h];
+      position = length_ + r - state_rows_;
+      if (r < state_rows_) position = row_position_[carried_source[(b * state_rows_ + r) * spec_.num_kv_heads + h]];
     }
     for (int64_t t = 0; t < chunk; ++t) {
       run_.tau[score_at(unit, length_ + t)] = static_cast<double>(selection.tau[unit * chunk + t]);
@@ -273,7 +275,7 @@ void StreamingRun<Element>::attend_chunk(int64_t chunk, const ChunkSelection& se
   for (int64_t unit = 0; unit < units_; ++unit) {
     const int64_t b = unit / kv_heads, h = unit % kv_heads;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t position = selection.row_position[unit * num_rows + r];
+      const int64_t position = selection.row_position[(b * num_rows + r) * kv_heads + h];
       const bool is_far = selection.far_begin[unit * num_rows + r] < selection.far_end[unit * num_rows + r];
       const bool in_window = r >= first_ring_row;
       const int64_t to = ((b * num_rows + r) * kv_heads + h) * dim;
@@ -356,7 +358,7 @@ void StreamingRun<Element>::attend_chunk(int64_t chunk, const ChunkSelection& se
   for (int64_t unit = 0; unit < units_; ++unit) {
     const int64_t b = unit / kv_heads, h = unit % kv_heads;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t position = selection.row_position[unit * num_rows + r];
+      const int64_t position = selection.row_position[(b * num_rows + r) * kv_heads + h];
       for (int64_t d = 0; d < dim; ++d) {
         const int64_t from = ((b * num_rows + r) * kv_heads + h) * dim + d;
         const int64_t to = ((b * spec_.seqlen + position) * kv_heads + h) * dim + d;
@@ -372,9 +374,10 @@ void StreamingRun<Element>::attend_chunk(int64_t chunk, const ChunkSelection& se
       }
     }
     for (int64_t r = 0; r < num_score_rows; ++r) {
-      const int64_t position = r < selection.pool_capacity
-                                   ? selection.pool_position[unit * selection.pool_capacity + r]
-                                   : selection.row_position[unit * num_rows + r - selection.pool_capacity];
+      const int64_t position =
+          r < selection.pool_capacity
+              ? selection.pool_position[unit * selection.pool_capacity + r]
+              : selection.row_position[(b * num_rows + r - selection.pool_capacity) * kv_heads + h];
       const double du = static_cast<double>(grad.dscores[unit * num_score_rows + r]);
       if (position >= 0) {
         run_.grad.dscores[score_at(unit, position)] += du;
