@@ -193,9 +193,10 @@ void tile_blocks(const AttentionBwdParams& p, const Scratch<T>& s, const Keys<T>
     const int end = is_far ? keys.num_far : keys.num_panels;
     count = end - first < kBlockPanels ? end - first : kBlockPanels;
     const TileRows<T>& q = is_far ? s.q_far : s.q;
-    multiply_columns(q.plain, q.stride, rows, head_dim, keys.k_columns + first, count, s.logits, kBlockKeys, alpha);
-    multiply_columns(s.dout.plain, s.dout.stride, rows, head_dim, keys.v_columns + first, count, s.dp, kBlockKeys,
-                     1.0f);
+    multiply_columns(q.plain, q.stride, rows, head_dim, keys.k_columns + first, count,
+                     StoreScaled{s.logits, kBlockKeys, alpha});
+    multiply_columns(s.dout.plain, s.dout.stride, rows, head_dim, keys.v_columns + first, count,
+                     StoreScaled{s.dp, kBlockKeys, 1.0f});
     for (int n = 0; n < count; ++n) {
       const PanelInfo& panel = keys.info[first + n];
       if (is_far) {

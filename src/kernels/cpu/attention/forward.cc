@@ -22,7 +22,7 @@ void attention_forward(const AttentionFwdParams& params) {
   const auto scratch_bytes = kForwardScratchBytes.active();
   const auto forward_run = kForwardRun.active();
   const int32_t tile = tile_queries(params.num_heads / params.num_kv_heads);
-  constexpr int64_t kRuns = 256;
+  constexpr int64_t kRuns = 128;
   const int64_t lanes = static_cast<int64_t>(params.batch) * params.num_kv_heads;
   for_each_run(params, tile, run_queries(lanes, params.seqlen_q, tile, kRuns),
                [&](const RunPlan& plan, ScratchMemory* scratch, int64_t) {

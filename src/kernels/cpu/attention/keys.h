@@ -5,23 +5,9 @@
 // its probability is exactly 0, and 0 times it must be 0.
 #pragma once
 #include "kernels/cpu/attention/arena.h"
-#include "kernels/cpu/attention/tile.h"
+#include "kernels/cpu/attention/pack.h"
 
 namespace sparsek::cpu::SPARSEK_ISA {
-
-SPARSEK_INLINE void pack_column(float* panel, int column, const float* row, int head_dim) {
-  for (int c = 0; c < head_dim; ++c) panel[c * kPanelKeys + column] = row[c];
-}
-SPARSEK_INLINE void pack_column(BFloat16* panel, int column, const BFloat16* row, int head_dim) {
-  for (int c = 0; c < head_dim; c += 2) std::memcpy(panel + c * kPanelKeys + 2 * column, row + c, 2 * sizeof(BFloat16));
-}
-SPARSEK_INLINE void pack_row(float* panel, int n, const float* row, int head_dim) {
-  std::memcpy(panel + n * padded(head_dim), row, static_cast<size_t>(head_dim) * sizeof(float));
-}
-SPARSEK_INLINE void pack_row(BFloat16* panel, int n, const BFloat16* row, int head_dim) {
-  BFloat16* out = panel + n / 2 * 2 * padded(head_dim) + n % 2;
-  for (int c = 0; c < head_dim; ++c) out[2 * c] = row[c];
-}
 
 // Where the rows of one (batch row, KV head) lie.
 template <class T>
@@ -91,6 +77,12 @@ struct Keys {
                   int32_t last_query, float tau_max) {
     for (int n = plan.tile_arrivals[t]; n < plan.tile_arrivals[t + 1]; ++n) {
       const int32_t row = plan.arrivals[n].row, slot = plan.arrivals[n].slot;
+      constexpr int kAhead = 8;
+      if (n + kAhead < plan.tile_arrivals[t + 1]) {
+        const int32_t next = plan.arrivals[n + kAhead].row;
+        prefetch_rows(source.k_far + next * source.k_far_stride, 0, 1, head_dim);
+        if (source.v) prefetch_rows(source.v + next * source.v_stride, 0, 1, head_dim);
+      }
       slot_row[slot] = row;
       slot_begin[slot] = source.far_begin[row];
       slot_end[slot] = source.far_end[row];
@@ -100,12 +92,7 @@ struct Keys {
     first_band_panel = plan.panel_of(window_begin);
     const int32_t last_own = source.num_carried + last_query, last_panel = plan.panel_of(last_own);
     for (; next_panel <= last_panel; ++next_panel) {
-      const int32_t start = next_panel * kPanelKeys - plan.panel_shift;
-      for (int n = 0; n < kPanelKeys; ++n) {
-        const int32_t row = start + n;
-        if (row < plan.first_band_row || row >= plan.end_band_row) continue;
-        pack(num_slot_panels + next_panel % ring_panels, n, source.k + row * source.k_stride, row);
-      }
+      pack_band_panel(plan, next_panel);
     }
 
     num_far = (plan.tile_slots[t] + kPanelKeys - 1) / kPanelKeys;
@@ -144,6 +131,29 @@ struct Keys {
   const T **k_columns, **v_rows, **v_columns, **k_rows;
 
  private:
+  void pack_band_panel(const RunPlan& plan, int32_t panel) {
+    const int32_t start = panel * kPanelKeys - plan.panel_shift, end = start + kPanelKeys;
+    const int64_t to = num_slot_panels + panel % ring_panels;
+    if (start < plan.first_band_row || end > plan.end_band_row) {
+      const int32_t first = start < plan.first_band_row ? plan.first_band_row : start;
+      for (int32_t row = first; row < end && row < plan.end_band_row; ++row) {
+        pack(to, row - start, source.k + row * source.k_stride, row);
+      }
+      return;
+    }
+    const T* k = source.k + start * source.k_stride;
+    pack_columns(k_column_storage + to * panel_size, k, source.k_stride, head_dim);
+    if (has.k_rows) pack_rows(k_row_storage + to * panel_size, k, source.k_stride, head_dim);
+    if (has.v_rows) {
+      pack_rows(v_row_storage + to * panel_size, source.v + start * source.v_stride, source.v_stride, head_dim);
+    }
+    if (has.v_columns) {
+      pack_columns(v_column_storage + to * panel_size, source.v + start * source.v_stride, source.v_stride, head_dim);
+    }
+    const int32_t ahead = plan.end_band_row - end < kPanelKeys ? plan.end_band_row - end : kPanelKeys;
+    prefetch_rows(source.k + end * source.k_stride, source.k_stride, ahead, head_dim);
+    if (source.v) prefetch_rows(source.v + end * source.v_stride, source.v_stride, ahead, head_dim);
+  }
   SPARSEK_INLINE void pack(int64_t panel, int column, const T* k, int32_t row) {
     pack_column(k_column_storage + panel * panel_size, column, k, head_dim);
     if (has.k_rows) pack_row(k_row_storage + panel * panel_size, column, k, head_dim);

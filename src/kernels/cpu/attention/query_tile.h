@@ -35,12 +35,6 @@ SPARSEK_INLINE VecF mask(VecF x, const Keys<T>& keys, const PanelInfo& panel, in
   return select((row >= splat_i(position.window_begin)) & (row <= splat_i(position.own)), x, splat(kMasked));
 }
 
-// clamp(u - tau, 0, 1) of kLanes slots.
-template <class T>
-SPARSEK_INLINE VecF gate(const Keys<T>& keys, const PanelInfo& panel, int column, float tau) {
-  return min(max(load(keys.slot_score + panel.first + column) - tau, splat(0.0f)), splat(1.0f));
-}
-
 // The keys of one (batch row, KV head). Without soft gates no scores: then every weight is 1.
 template <class T>
 SPARSEK_INLINE KeySource<T> key_source(const AttentionFwdParams& p, const RunPlan& plan) {
@@ -60,6 +54,13 @@ SPARSEK_INLINE KeySource<T> key_source(const AttentionFwdParams& p, const RunPla
   source.far_end = p.far_end + lane * p.seqlen_k;
   source.num_carried = p.num_carried;
   return source;
+}
+
+// Rows [queries][group_heads][head_dim] that the tile after this one will want.
+template <class T>
+SPARSEK_INLINE void prefetch_tile(const T* from, int64_t stride_seq, int64_t stride_head, int queries, int group_heads,
+                                  int head_dim) {
+  for (int i = 0; i < queries; ++i) prefetch_rows(from + i * stride_seq, stride_head, group_heads, head_dim);
 }
 
 // Copies rows [queries][group_heads][head_dim] from a strided tensor; `from` is the first query's first head.

@@ -56,8 +56,9 @@ void for_each_run(const Params& p, int32_t tile, int32_t run_length, const Body&
   const int64_t items = static_cast<int64_t>(p.batch) * p.num_kv_heads * runs;
 #pragma omp parallel
   {
-    RunPlanner planner;
-    ScratchMemory scratch;
+    // Kept for the next call: a model calls once a layer and chunk, and fresh pages cost more than planning does.
+    thread_local RunPlanner planner;
+    thread_local ScratchMemory scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < items; ++n) {
       const auto lane = static_cast<int32_t>(n / runs), first = static_cast<int32_t>(n % runs) * run_length;

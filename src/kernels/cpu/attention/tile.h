@@ -96,23 +96,20 @@ SPARSEK_INLINE void with_rows(int rows, const F& f) {
   }
 }
 
-// One register block of multiply_columns: out = alpha * A B, `depth` long.
-template <int kRows, int kVectors, class T>
-__attribute__((noinline)) void column_block(const T* a, int64_t a_row, const T* b0, const T* b1, int depth, float* out,
-                                            int64_t out_row, float alpha) {
+// One register block of multiply_columns.
+template <int kRows, int kVectors, class T, class Finish>
+__attribute__((noinline)) void column_block(const T* a, int64_t a_row, const T* b0, const T* b1, int depth, int row,
+                                            int column, const Finish& finish) {
   VecF acc[kRows][kVectors] = {};
   accumulate<kRows, kVectors>(acc, a, a_row, kStep<T>, b0, b1, kPanelKeys * kStep<T>, depth / kStep<T>);
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_row + v * kLanes, acc[r][v] * alpha);
-  }
+  finish(acc, row, column);
 }
 
-// out[rows][num_panels * kPanelKeys] = alpha * A[rows][depth] times panels in the columns layout.
-template <class T>
+// A[rows][depth] times panels in the columns layout. finish(acc, row, column) takes each register block of the result,
+// VecF[rows][vectors], from that row and column on.
+template <class T, class Finish>
 SPARSEK_INLINE void multiply_columns(const T* a, int64_t a_row, int rows, int depth, const T* const* panels,
-                                     int num_panels, float* out, int64_t out_row, float alpha) {
+                                     int num_panels, const Finish& finish) {
   constexpr int kPerPanel = kPanelKeys / kLanes, kHalf = kMicroVectors / 2;
   const int num_vectors = num_panels * kPerPanel;
   const auto vector = [&](int n) { return panels[n / kPerPanel] + n % kPerPanel * kLanes * kStep<T>; };
@@ -123,15 +120,30 @@ SPARSEK_INLINE void multiply_columns(const T* a, int64_t a_row, int rows, int de
     for (int r = 0; r < rows; r += kMicroRows) {
       with_rows(rows - r < kMicroRows ? rows - r : kMicroRows, [&](auto n) {
         if (full) {
-          column_block<n.value, kMicroVectors>(a + r * a_row, a_row, b0, b1, depth, out + r * out_row + v * kLanes,
-                                               out_row, alpha);
+          column_block<n.value, kMicroVectors>(a + r * a_row, a_row, b0, b1, depth, r, v * kLanes, finish);
         } else {  // one panel is left of two: only where a panel is half a block
-          column_block<n.value, 2>(a + r * a_row, a_row, b0, b1, depth, out + r * out_row + v * kLanes, out_row, alpha);
+          column_block<n.value, 2>(a + r * a_row, a_row, b0, b1, depth, r, v * kLanes, finish);
         }
       });
     }
   }
 }
+
+// The simplest way to finish: out[rows][columns] = alpha * result.
+struct StoreScaled {
+  template <int kRows, int kVectors>
+  SPARSEK_INLINE void operator()(const VecF (&acc)[kRows][kVectors], int row, int column) const {
+    float* to = out + row * stride + column;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(to + r * stride + v * kLanes, acc[r][v] * alpha);
+    }
+  }
+  float* out;
+  int64_t stride;
+  float alpha;
+};
 
 // One register block of multiply_rows.
 template <int kRows, int kVectors, class T>

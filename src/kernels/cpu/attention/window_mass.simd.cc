@@ -7,7 +7,7 @@
 namespace sparsek::cpu::SPARSEK_ISA {
 namespace {
 
-constexpr int kBlockPanels = 4;
+constexpr int kBlockPanels = 8;
 constexpr int kGroupRows = 24;
 constexpr int kBlockKeys = kBlockPanels * kPanelKeys;
 constexpr float kLargestSum = 1e30f;
@@ -16,96 +16,195 @@ template <class T>
 struct Scratch {
   Scratch(Arena* arena, const WindowMassParams& p, const RunPlan& plan)
       : group_heads(p.num_heads / p.num_kv_heads), max_rows(plan.tile_queries * group_heads) {
-    const int max_panels = plan.ring_panels + plan.max_slots / kPanelKeys;
     q = arena->take<T>(max_rows * p.head_dim);
     q_far = p.q_far ? arena->take<T>(max_rows * p.head_dim) : q;
     row_shift = arena->take<float>(max_rows);
     row_sum = arena->take<float>(max_rows * kLanes);
     row_inverse = arena->take<float>(max_rows);
-    positions = arena->take<QueryPosition>(plan.tile_queries);
     logits = arena->take<float>(kGroupRows * kBlockKeys);
-    kept_stride = static_cast<int64_t>(plan.ring_panels) * kPanelKeys;
-    kept = arena->take<float>(max_rows * kept_stride);
-    block_shift = arena->take<float>(static_cast<int64_t>(max_panels) * max_rows);
+    positions = arena->take<QueryPosition>(max_rows);
+    weights = arena->take<float>(max_rows);
+    last_old = arena->take<int32_t>(max_rows);
+    kept = arena->take<float>(static_cast<int64_t>(plan.ring_panels) * max_rows * kPanelKeys);
+    block_shift = arena->take<float>(static_cast<int64_t>(plan.ring_panels) * max_rows);
   }
   int group_heads, max_rows;
   T *q, *q_far;
   float* row_shift;  // what is subtracted from logits: near the row's maximum
   float* row_sum;    // [rows][kLanes]
   float* row_inverse;
-  QueryPosition* positions;
-  float* logits;  // [kGroupRows][kBlockKeys]
-  float* kept;    // [rows][kept_stride] exponentials, column 0 is the first panel of the band
-  int64_t kept_stride;
-  float* block_shift;  // [panels][rows] row_shift when that panel's exponentials were made
+  QueryPosition* positions;  // [rows]
+  float* weights;            // [rows] of one panel
+  int32_t* last_old;         // [rows] the newest window row in the older half of the row's window
+  float* logits;             // [kGroupRows][kBlockKeys]
+  float* kept;               // [panels][rows][kPanelKeys] exponentials; the first panel is the band's first
+  float* block_shift;        // [panels][rows] row_shift when they were made
 };
 
-// One row of a block. The shift is the maximum of the row's first block, which holds its own key; kCareful: the running
-// maximum, for rows whose later logits exceed it by more than float32 can hold.
-template <class T, bool kCareful>
-SPARSEK_INLINE void row_of_block(const Scratch<T>& s, const Keys<T>& keys, int first_panel, int num_panels,
-                                 bool is_first, int row, float* logits, int first_new_panel) {
-  constexpr int kPerPanel = kPanelKeys / kLanes;
-  const QueryPosition& position = s.positions[row / s.group_heads];
-  for (int n = 0; n < num_panels; ++n) {
-    const PanelInfo& panel = keys.info[first_panel + n];
-    if (!panel.is_masked) continue;
-    float* x = logits + n * kPanelKeys;
-    for (int v = 0; v < kPerPanel; ++v) {
-      store(x + v * kLanes, mask(load(x + v * kLanes), keys, panel, v * kLanes, position));
-    }
-  }
-  if (kCareful || is_first) {
-    VecF top = splat(kMasked);
-    for (int v = 0; v < num_panels * kPerPanel; ++v) top = max(top, load(logits + v * kLanes));
-    const float block_max = reduce_max(top);
-    if (block_max > s.row_shift[row]) {
-      const VecF factor = exp2_of<float>(splat(s.row_shift[row] - block_max));
-      s.row_shift[row] = block_max;
-      store(s.row_sum + row * kLanes, load(s.row_sum + row * kLanes) * factor);
-    }
-  }
-  const VecF shift = splat(s.row_shift[row]);
-  VecF sum = load(s.row_sum + row * kLanes);
-  for (int n = 0; n < num_panels; ++n) {
-    const int index = first_panel + n;
-    const float* x = logits + n * kPanelKeys;
-    if (index >= keys.num_far && index < first_new_panel) {
-      float* kept = s.kept + row * s.kept_stride + static_cast<int64_t>(index - keys.num_far) * kPanelKeys;
-      s.block_shift[index * s.max_rows + row] = s.row_shift[row];
-      for (int v = 0; v < kPerPanel; ++v) {
-        const VecF e = exp2_of<T>(load(x + v * kLanes) - shift);
+// What the rows of a block share.
+struct Block {
+  int first, count;  // panels
+  bool is_masked, is_kept, takes_maximum;
+};
+
+// All exponentials of eq. 1b use the shorter polynomial: 4e-6 is far below what a score feels.
+SPARSEK_INLINE VecF exponential(VecF x) {
+  return exp2_of<BFloat16>(x);
+}
+
+// Exponentials of a block without masks whose rows have their shift, while they are in registers.
+template <bool kKept>
+struct SumExponentials {
+  template <int kRows, int kVectors>
+  SPARSEK_INLINE void operator()(const VecF (&acc)[kRows][kVectors], int row, int column) const {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const VecF shift = splat(row_shift[row + r]);
+      VecF sum = load(row_sum + (row + r) * kLanes);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const VecF e = exponential(acc[r][v] * alpha - shift);
         sum += e;
-        store(kept + v * kLanes, e);
+        if constexpr (kKept) {
+          const int to = column + v * kLanes;
+          store(kept + to / kPanelKeys * kept_stride + (row + r) * kPanelKeys + to % kPanelKeys, e);
+        }
       }
-    } else {
-      for (int v = 0; v < kPerPanel; ++v) sum += exp2_of<T>(load(x + v * kLanes) - shift);
+      store(row_sum + (row + r) * kLanes, sum);
     }
   }
-  store(s.row_sum + row * kLanes, sum);
+  float alpha;
+  const float* row_shift;
+  float *row_sum, *kept;
+  int64_t kept_stride;
+};
+
+// One row of a block. The shift is the maximum of the row's first block, which holds its own key, or a running maximum
+// where some row's later logits exceed that by more than float32 can hold.
+template <class T>
+SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const QueryPosition& position, float* logits,
+                                 float* row_shift, float* row_sum, float* kept, int64_t kept_stride) {
+  constexpr int kPerPanel = kPanelKeys / kLanes;
+  const int num_vectors = block.count * kPerPanel;
+  if (block.is_masked) {
+    for (int n = 0; n < block.count; ++n) {
+      const PanelInfo panel = keys.info[block.first + n];
+      if (!panel.is_masked) continue;
+      float* x = logits + n * kPanelKeys;
+      for (int v = 0; v < kPerPanel; ++v) {
+        store(x + v * kLanes, mask(load(x + v * kLanes), keys, panel, v * kLanes, position));
+      }
+    }
+  }
+  if (block.takes_maximum) {
+    VecF top = splat(kMasked);
+    for (int v = 0; v < num_vectors; ++v) top = max(top, load(logits + v * kLanes));
+    const float block_max = reduce_max(top);
+    if (block_max > *row_shift) {
+      const VecF factor = exp2_of<float>(splat(*row_shift - block_max));
+      *row_shift = block_max;
+      store(row_sum, load(row_sum) * factor);
+    }
+  }
+  const VecF shift = splat(*row_shift);
+  VecF sum = load(row_sum);
+  if (block.is_kept) {
+    for (int n = 0; n < block.count; ++n) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF e = exponential(load(logits + n * kPanelKeys + v * kLanes) - shift);
+        sum += e;
+        store(kept + n * kept_stride + v * kLanes, e);
+      }
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < num_vectors; ++v) sum += exponential(load(logits + v * kLanes) - shift);
+  }
+  store(row_sum, sum);
 }
 
 // All panels of the tile, the newest first. first_new_panel: from there on no key is in the older half of any window.
-template <class T, bool kCareful>
-void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, int first_new_panel) {
+template <class T>
+void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, int first_new_panel,
+                 bool running_maximum) {
   const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
+  const int64_t kept_stride = static_cast<int64_t>(s.max_rows) * kPanelKeys;
   for (int r = 0; r < rows; ++r) s.row_shift[r] = kNothing;
   std::memset(s.row_sum, 0, static_cast<size_t>(rows) * kLanes * sizeof(float));
-  for (int end = keys.num_panels, count; end > 0; end -= count) {
+  for (int end = keys.num_panels; end > 0;) {
     const bool is_far = keys.info[end - 1].is_far;
     const int begin = is_far ? 0 : keys.num_far;
-    count = end - begin < kBlockPanels ? end - begin : kBlockPanels;
-    const int first = end - count;
+    Block block{};
+    block.count = end - begin < kBlockPanels ? end - begin : kBlockPanels;
+    block.first = end - block.count;
+    block.is_kept = !is_far && block.first < first_new_panel;
+    block.takes_maximum = running_maximum || end == keys.num_panels;
+    for (int n = block.first; n < end; ++n) block.is_masked |= keys.info[n].is_masked;
+    end = block.first;
+    const int64_t band_panel = is_far ? 0 : block.first - keys.num_far;
     for (int r = 0; r < rows; r += kGroupRows) {
       const int group = rows - r < kGroupRows ? rows - r : kGroupRows;
-      multiply_columns((is_far ? s.q_far : s.q) + r * p.head_dim, p.head_dim, group, p.head_dim, keys.k_columns + first,
-                       count, s.logits, kBlockKeys, alpha);
+      const T* q = (is_far ? s.q_far : s.q) + r * p.head_dim;
+      const T* const* k_columns = keys.k_columns + block.first;
+      float* kept = s.kept + band_panel * kept_stride + r * kPanelKeys;
+      if (!block.is_masked && !block.takes_maximum) {
+        float* row_sum = s.row_sum + r * kLanes;
+        if (block.is_kept) {
+          multiply_columns(q, p.head_dim, group, p.head_dim, k_columns, block.count,
+                           SumExponentials<true>{alpha, s.row_shift + r, row_sum, kept, kept_stride});
+        } else {
+          multiply_columns(q, p.head_dim, group, p.head_dim, k_columns, block.count,
+                           SumExponentials<false>{alpha, s.row_shift + r, row_sum, nullptr, 0});
+        }
+        continue;
+      }
+      multiply_columns(q, p.head_dim, group, p.head_dim, k_columns, block.count,
+                       StoreScaled{s.logits, kBlockKeys, alpha});
       for (int n = 0; n < group; ++n) {
-        row_of_block<T, kCareful>(s, keys, first, count, end == keys.num_panels, r + n, s.logits + n * kBlockKeys,
-                                  first_new_panel);
+        const int row = r + n;
+        row_of_block(keys, block, s.positions[row], s.logits + n * kBlockKeys, s.row_shift + row,
+                     s.row_sum + row * kLanes, kept + n * kPanelKeys, kept_stride);
+      }
+    }
+    for (int n = 0; block.is_kept && n < block.count; ++n) {
+      std::memcpy(s.block_shift + (band_panel + n) * s.max_rows, s.row_shift,
+                  static_cast<size_t>(rows) * sizeof(float));
+    }
+  }
+}
+
+// Sums the columns of one panel of kept exponentials, each row divided by its sum, into mass[0 .. kPanelKeys).
+template <class T>
+void sum_columns(const Scratch<T>& s, const PanelInfo& panel, const float* kept, const float* block_shift, int rows,
+                 bool all_old, float* mass) {
+  constexpr int kPerPanel = kPanelKeys / kLanes;
+  float* weights = s.weights;
+  for (int r = 0; r < rows; ++r) {
+    weights[r] = s.row_inverse[r];
+    const float shift = block_shift[r] - s.row_shift[r];
+    if (shift != 0) weights[r] *= exp2_of<float>(splat(shift))[0];
+  }
+  VecF sum[kPerPanel] = {};
+  if (all_old) {
+    for (int r = 0; r < rows; ++r) {
+      const VecF weight = splat(weights[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPerPanel; ++v) sum[v] += load(kept + r * kPanelKeys + v * kLanes) * weight;
+    }
+  } else {
+    for (int r = 0; r < rows; ++r) {
+      const VecF weight = splat(weights[r]);
+      const VecI last_old = splat_i(s.last_old[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF e = load(kept + r * kPanelKeys + v * kLanes);
+        sum[v] += select(column_indices(panel.first + v * kLanes) <= last_old, e * weight, splat(0.0f));
       }
     }
   }
+#pragma GCC unroll 8
+  for (int v = 0; v < kPerPanel; ++v) store(mass + v * kLanes, sum[v]);
 }
 
 template <class T>
@@ -145,8 +244,10 @@ void run(const WindowMassParams& p, const RunPlan& plan, char* memory, float* ma
     const int32_t first = plan.first_query + t * plan.tile_queries;
     const int32_t end = first + plan.tile_queries < plan.end_query ? first + plan.tile_queries : plan.end_query;
     const int queries = end - first, rows = queries * s.group_heads;
-    for (int n = 0; n < queries; ++n) {
-      s.positions[n] = {first + n, window_begin[first + n], p.num_carried + first + n, 0.0f};
+    for (int r = 0; r < rows; ++r) {
+      const int32_t i = first + r / s.group_heads, own = p.num_carried + i;
+      s.positions[r] = {i, window_begin[i], own, 0.0f};
+      s.last_old[r] = own - half;
     }
     keys.begin_tile(plan, t, window_begin[first], window_begin[end - 1], first, end - 1, 0.0f);
     gather_rows(q + first * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, queries, s.group_heads, p.head_dim,
@@ -159,30 +260,32 @@ void run(const WindowMassParams& p, const RunPlan& plan, char* memory, float* ma
     int first_new_panel = keys.num_far;
     while (first_new_panel < keys.num_panels && keys.info[first_new_panel].first <= last_old_row) ++first_new_panel;
 
-    tile_blocks<T, false>(p, s, keys, rows, first_new_panel);
-    bool fits = true;
-    for (int r = 0; r < rows; ++r) fits &= reduce_add(load(s.row_sum + r * kLanes)) < kLargestSum;
-    if (!fits) tile_blocks<T, true>(p, s, keys, rows, first_new_panel);
+    if (end < plan.end_query) {
+      const int ahead = plan.end_query - end < queries ? plan.end_query - end : queries;
+      prefetch_tile(q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, ahead, s.group_heads, p.head_dim);
+    }
 
-    for (int r = 0; r < rows; ++r) s.row_inverse[r] = 1.0f / reduce_add(load(s.row_sum + r * kLanes));
+    tile_blocks(p, s, keys, rows, first_new_panel, false);
+    bool fits = true;
+    for (int r = 0; r < rows; ++r) {
+      const float sum = reduce_add(load(s.row_sum + r * kLanes));
+      fits &= sum < kLargestSum;
+      s.row_inverse[r] = 1.0f / sum;
+    }
+    if (!fits) {
+      tile_blocks(p, s, keys, rows, first_new_panel, true);
+      for (int r = 0; r < rows; ++r) s.row_inverse[r] = 1.0f / reduce_add(load(s.row_sum + r * kLanes));
+    }
+
     for (int n = keys.num_far; n < first_new_panel; ++n) {
-      const PanelInfo& panel = keys.info[n];
-      for (int v = 0; v < kPanelKeys; v += kLanes) {
-        const VecI row_index = column_indices(panel.first + v);
-        const float* kept = s.kept + static_cast<int64_t>(n - keys.num_far) * kPanelKeys + v;
-        VecF sum{};
-        for (int r = 0; r < rows; ++r) {
-          const float shift = s.block_shift[n * s.max_rows + r];
-          const float weight = shift == s.row_shift[r]
-                                   ? s.row_inverse[r]
-                                   : s.row_inverse[r] * exp2_of<float>(splat(shift - s.row_shift[r]))[0];
-          const VecI is_old = row_index <= splat_i(s.positions[r / s.group_heads].own - half);
-          sum += select(is_old, load(kept + r * s.kept_stride) * weight, splat(0.0f));
-        }
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int32_t row = panel.first + v + lane - plan.first_band_row;
-          if (row >= 0 && row < num_rows) mass[row] += sum[lane];
-        }
+      const PanelInfo panel = keys.info[n];
+      const int64_t band_panel = n - keys.num_far;
+      float columns[kPanelKeys];
+      sum_columns(s, panel, s.kept + band_panel * s.max_rows * kPanelKeys, s.block_shift + band_panel * s.max_rows,
+                  rows, panel.first + kPanelKeys - 1 <= s.last_old[0], columns);
+      for (int column = 0; column < kPanelKeys; ++column) {
+        const int32_t row = panel.first + column - plan.first_band_row;
+        if (row >= 0 && row < num_rows) mass[row] += columns[column];
       }
     }
   }
