@@ -21,7 +21,7 @@ inline Spec spec_of(int64_t seqlen, int64_t topk, int64_t window_size, int64_t n
 }
 
 inline std::vector<Spec> specs() {
-  std::vector<Spec> all = {spec_of(150, 12, 10, 3, 16), spec_of(130, 8, 1, 0, 20), spec_of(90, 5, 24, 30, 9),
+  std::vector<Spec> all = {spec_of(151, 12, 10, 3, 16), spec_of(130, 8, 1, 0, 20), spec_of(90, 5, 24, 30, 9),
                            spec_of(40, 60, 7, 2, 64), spec_of(30, 4, 40, 2, 8)};
   all[1].head_dim = 24;
   all[2].num_heads = all[2].num_kv_heads = 2;

@@ -192,7 +192,7 @@ TYPED_TEST(WindowMass, PackedDocumentsEqualTheReference) {
   for_each_isa<TypeParam>([] {
     Spec spec = specs()[0];
     spec.batch = 1;
-    spec.cu_seqlens = {0, 1, 12, 80, 150};
+    spec.cu_seqlens = {0, 1, 12, 80, 151};
     const Problem problem = make_problem<TypeParam>(spec, ScoreKind::kNormal, true, 91);
     SCOPED_TRACE(problem.text);
     Indices num_queries;
