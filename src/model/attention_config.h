@@ -24,12 +24,12 @@ Gate parse_gate(const std::string& text);                     // --gate
 // Unset fields take defaults: sparsek 508/512/4, window 1020/4, or the adapter's own numbers.
 struct AttentionRequest {
   AttentionKind kind = AttentionKind::kSparsek;
-  std::optional<int64_t> topk;          // --topk      sparsek only
-  std::optional<int64_t> window_size;   // --window    counts the query's own key
-  std::optional<int64_t> num_sinks;     // --sinks
-  std::optional<Gate> gate;             // --gate      sparsek only; hard for the untrained scorers
-  std::optional<int64_t> far_distance;  // --far-distance, 0: off (true positions); default sinks + topk + window
-  std::string scorer = "window_mass";   // --scorer    window_mass, key_norm, or the path of an adapter
+  std::optional<int64_t> topk = {};          // --topk      sparsek only
+  std::optional<int64_t> window_size = {};   // --window    counts the query's own key
+  std::optional<int64_t> num_sinks = {};     // --sinks
+  std::optional<Gate> gate = {};             // --gate      sparsek only; hard for the untrained scorers
+  std::optional<int64_t> far_distance = {};  // --far-distance, 0: off (true positions); default sinks + topk + window
+  std::string scorer = "window_mass";        // --scorer    window_mass, key_norm, or the path of an adapter
 };
 
 struct AttentionConfig {
@@ -40,15 +40,15 @@ struct AttentionConfig {
   int64_t far_distance = 0;  // 0: far keys keep their true positions
   Gate gate = Gate::kHard;
   ScorerKind scorer = ScorerKind::kWindowMass;
-  std::string adapter_path;  // of ScorerKind::kAdapter
+  std::string adapter_path = {};  // of ScorerKind::kAdapter
 
   bool has_far_rotary() const { return far_distance > 0; }
 };
 
 // What an adapter's metadata proposes; null members are not proposed.
 struct AttentionDefaults {
-  std::optional<int64_t> topk, window_size, num_sinks, far_distance;
-  std::optional<Gate> gate;
+  std::optional<int64_t> topk = {}, window_size = {}, num_sinks = {}, far_distance = {};
+  std::optional<Gate> gate = {};
 };
 
 // Throws UsageError naming the option when a value is out of range or does not apply to the kind. `adapter` is null

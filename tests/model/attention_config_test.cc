@@ -1,0 +1,77 @@
+#include "model/attention_config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "tests/model/tiny_model.h"
+
+namespace sparsek::model {
+namespace {
+
+using test::message_of;
+using testing::AllOf;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+std::string refusal(const AttentionRequest& request) {
+  return message_of<UsageError>([&] { resolve(request, nullptr, nullptr); });
+}
+
+TEST(AttentionConfig, DefaultsOfEachKind) {
+  const AttentionConfig sparsek = resolve({}, nullptr, nullptr);
+  EXPECT_EQ(describe(sparsek), "sparsek topk 508 window 512 sinks 4 gate hard scorer window_mass far-distance 1024");
+  const AttentionConfig window = resolve({.kind = AttentionKind::kWindow}, nullptr, nullptr);
+  EXPECT_EQ(describe(window), "window window 1020 sinks 4 far-distance 1024");
+  EXPECT_EQ(describe(resolve({.kind = AttentionKind::kDense}, nullptr, nullptr)), "dense");
+}
+
+TEST(AttentionConfig, FarDistanceFollowsTheSizesUnlessGiven) {
+  EXPECT_EQ(resolve({.topk = 10, .window_size = 20, .num_sinks = 3}, nullptr, nullptr).far_distance, 33);
+  const AttentionConfig off = resolve({.far_distance = 0}, nullptr, nullptr);
+  EXPECT_FALSE(off.has_far_rotary());
+  EXPECT_THAT(describe(off), HasSubstr("far-distance off"));
+}
+
+TEST(AttentionConfig, NamesTheOptionThatIsOutOfRange) {
+  EXPECT_THAT(refusal({.topk = 0}), AllOf(HasSubstr("--topk"), HasSubstr("got 0")));
+  EXPECT_THAT(refusal({.topk = int64_t{1} << 40}), HasSubstr("--topk"));
+  EXPECT_THAT(refusal({.window_size = 0}), HasSubstr("--window"));
+  EXPECT_THAT(refusal({.num_sinks = -1}), HasSubstr("--sinks"));
+  EXPECT_THAT(refusal({.far_distance = -5}), HasSubstr("--far-distance"));
+  EXPECT_THAT(refusal({.scorer = ""}), HasSubstr("--scorer"));
+}
+
+TEST(AttentionConfig, RefusesOptionsThatDoNotApply) {
+  EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .topk = 4}), AllOf(HasSubstr("--topk"), HasSubstr("window")));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .gate = Gate::kSoft}), HasSubstr("--gate"));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .scorer = "key_norm"}), HasSubstr("--scorer"));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .window_size = 4}), HasSubstr("--window"));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .num_sinks = 4}), HasSubstr("--sinks"));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .far_distance = 4}), HasSubstr("--far-distance"));
+}
+
+TEST(AttentionConfig, AdapterProposesAndTheUserOverrides) {
+  AttentionDefaults adapter;
+  adapter.topk = 100;
+  adapter.window_size = 50;
+  adapter.num_sinks = 2;
+  adapter.far_distance = 0;
+  adapter.gate = Gate::kSoft;
+  std::vector<std::string> notices;
+  const AttentionConfig config = resolve({.window_size = 60, .scorer = "a.safetensors"}, &adapter, &notices);
+  EXPECT_EQ(describe(config), "sparsek topk 100 window 60 sinks 2 gate soft scorer a.safetensors far-distance off");
+  EXPECT_THAT(notices, ElementsAre("--window 60 overrides the adapter's 50"));
+}
+
+TEST(AttentionConfig, ParsesItsOwnNames) {
+  for (AttentionKind kind : {AttentionKind::kDense, AttentionKind::kWindow, AttentionKind::kSparsek}) {
+    EXPECT_EQ(parse_attention_kind(name(kind)), kind);
+  }
+  EXPECT_EQ(parse_gate("soft"), Gate::kSoft);
+  EXPECT_THAT(message_of<UsageError>([] { parse_attention_kind("sparse"); }), HasSubstr("--attention"));
+  EXPECT_THAT(message_of<UsageError>([] { parse_gate("on"); }), HasSubstr("--gate"));
+}
+
+}  // namespace
+}  // namespace sparsek::model

@@ -1,0 +1,227 @@
+// Whole tiny models: any cut of a document gives the same result, adapters included; losses, state sizes, bad ids.
+#include "model/transformer.h"
+
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "base/error.h"
+#include "model/adapter.h"
+#include "model/checkpoint.h"
+#include "tests/model/tiny_model.h"
+
+namespace sparsek::model {
+namespace {
+
+using test::message_of;
+using test::TemporaryFolder;
+using testing::AllOf;
+using testing::HasSubstr;
+
+std::vector<int32_t> random_ids(int64_t count) {
+  std::mt19937_64 generator(test::kTinySeed);
+  std::vector<int32_t> ids(count);
+  for (int32_t& id : ids) id = static_cast<int32_t>(generator() % 61);
+  return ids;
+}
+
+at::Tensor as_tensor(std::vector<int32_t>& ids, int64_t first, int64_t count) {
+  return at::from_blob(ids.data() + first, {count}, at::kInt);
+}
+
+// Logits [tokens, vocab] of a document read in pieces of the given sizes, the last one repeated.
+std::vector<float> read(const Transformer& model, std::vector<int32_t>& ids, const std::vector<int64_t>& pieces) {
+  DecodeState state = model.new_state();
+  std::vector<float> all;
+  size_t piece = 0;
+  for (int64_t first = 0; first < static_cast<int64_t>(ids.size());) {
+    const int64_t count =
+        std::min(pieces[std::min(piece++, pieces.size() - 1)], static_cast<int64_t>(ids.size()) - first);
+    const at::Tensor logits = model.logits(model.forward(as_tensor(ids, first, count), state));
+    all.insert(all.end(), logits.const_data_ptr<float>(), logits.const_data_ptr<float>() + logits.numel());
+    first += count;
+  }
+  EXPECT_EQ(state.length(), static_cast<int64_t>(ids.size()));
+  return all;
+}
+
+double max_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(double{a[i]} - double{b[i]});
+    if (!(difference <= worst)) worst = std::isnan(difference) ? INFINITY : difference;
+  }
+  return worst;
+}
+
+class TransformerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    test::tiny_llama().write(folder_.path());
+    config_ = read_model_config(folder_.path());
+  }
+  Transformer load(const AttentionRequest& attention, at::ScalarType dtype = at::kFloat) const {
+    return Transformer::load({.path = folder_.path(), .attention = attention, .dtype = dtype});
+  }
+  // A random adapter; hidden 0: linear. Returns its path.
+  std::string adapter(double alpha, int64_t hidden, bool timestep_norm) const {
+    at::manual_seed(test::kTinySeed);
+    Adapter adapter;
+    adapter.base = "tiny";
+    adapter.timestep_norm = timestep_norm;
+    adapter.attention = {.topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 22, .gate = Gate::kSoft};
+    for (int64_t i = 0; i < config_.num_layers; ++i) {
+      LayerScorer layer;
+      if (hidden > 0) {
+        layer.hidden_weight = at::randn({hidden, config_.dim});
+        layer.hidden_bias = at::randn({hidden});
+      }
+      layer.weight = at::randn({config_.num_kv_heads, hidden > 0 ? hidden : config_.dim}).mul_(0.3);
+      layer.alpha = alpha;
+      layer.beta = at::randn({config_.num_kv_heads});
+      layer.gamma = at::rand({config_.num_kv_heads}).add_(0.5);
+      layer.slope = at::rand({config_.num_kv_heads});
+      adapter.layers.push_back(layer);
+    }
+    const std::string path = folder_.file("adapter.safetensors");
+    save_adapter(path, adapter, config_);
+    return path;
+  }
+
+  TemporaryFolder folder_;
+  ModelConfig config_;
+};
+
+TEST_F(TransformerTest, AnyCutGivesTheSameLogits) {
+  std::vector<AttentionRequest> requests = {
+      {.kind = AttentionKind::kDense},
+      {.kind = AttentionKind::kWindow, .window_size = 12, .num_sinks = 3},
+      {.kind = AttentionKind::kWindow, .window_size = 1, .num_sinks = 0},
+      {.kind = AttentionKind::kWindow, .window_size = 5, .num_sinks = 9, .far_distance = 0},
+      {.topk = 8, .window_size = 12, .num_sinks = 2},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .scorer = "key_norm"},
+  };
+  std::vector<int32_t> ids = random_ids(90);
+  for (const AttentionRequest& request : requests) {
+    const Transformer model = load(request);
+    const std::vector<float> whole = read(model, ids, {90});
+    for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{1}, {7}, {30}, {3, 1, 1, 40, 2, 1}}) {
+      EXPECT_LE(max_difference(read(model, ids, pieces), whole), 2e-4)
+          << describe(model.attention()) << " pieces " << testing::PrintToString(pieces);
+    }
+  }
+}
+
+TEST_F(TransformerTest, AdaptersGiveTheSameLogitsInAnyCut) {
+  std::vector<int32_t> ids = random_ids(90);
+  std::vector<float> previous;
+  for (const double alpha : {0.0, 0.7}) {
+    for (const int64_t hidden : {0, 6}) {
+      for (const bool timestep_norm : {false, true}) {
+        const Transformer model = load({.scorer = adapter(alpha, hidden, timestep_norm)});
+        EXPECT_EQ(model.attention().topk, 8);
+        EXPECT_EQ(model.attention().gate, Gate::kSoft);
+        const std::vector<float> whole = read(model, ids, {90});
+        for (const std::vector<int64_t>& pieces :
+             std::vector<std::vector<int64_t>>{{1}, {7}, {30}, {3, 1, 1, 40, 2, 1}}) {
+          EXPECT_LE(max_difference(read(model, ids, pieces), whole), 2e-4)
+              << "alpha " << alpha << " hidden " << hidden << " norm " << timestep_norm << " pieces "
+              << testing::PrintToString(pieces);
+        }
+        EXPECT_GT(max_difference(whole, previous), 1e-3) << "every variant computes something else";
+        previous = whole;
+      }
+    }
+  }
+}
+
+TEST_F(TransformerTest, EverythingVisibleIsDense) {
+  std::vector<int32_t> ids = random_ids(60);
+  const std::vector<float> dense = read(load({.kind = AttentionKind::kDense}), ids, {60});
+  const AttentionRequest wide{.kind = AttentionKind::kWindow, .window_size = 60};
+  const AttentionRequest many{.topk = 60, .window_size = 4, .num_sinks = 1, .far_distance = 0};
+  EXPECT_LE(max_difference(read(load(wide), ids, {17}), dense), 1e-4);
+  EXPECT_LE(max_difference(read(load(many), ids, {17}), dense), 1e-4);
+}
+
+TEST_F(TransformerTest, LossesAreThoseOfTheLogits) {
+  const Transformer model = load({});
+  std::vector<int32_t> ids = random_ids(150);  // more than one block of rows
+  DecodeState state = model.new_state();
+  const at::Tensor hidden = model.forward(as_tensor(ids, 0, 149), state);
+  const std::vector<double> losses = model.losses(hidden, as_tensor(ids, 1, 149));
+  const at::Tensor logits = model.logits(hidden);
+  ASSERT_EQ(losses.size(), 149u);
+  for (int64_t t = 0; t < 149; ++t) {
+    const float* row = logits.const_data_ptr<float>() + t * 61;
+    double sum = 0;
+    for (int v = 0; v < 61; ++v) sum += std::exp(double{row[v]});
+    EXPECT_NEAR(losses[t], std::log(sum) - row[ids[t + 1]], 2e-4) << t;
+  }
+}
+
+TEST_F(TransformerTest, StateBytesFollowTheFormulaAndDoNotGrow) {
+  std::vector<int32_t> ids = random_ids(80);
+  for (const int64_t far : {0, 30}) {
+    const Transformer model = load({.topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = far}, at::kBFloat16);
+    DecodeState state = model.new_state();
+    const int64_t before = state.size_in_bytes();
+    model.forward(as_tensor(ids, 0, 80), state);
+    EXPECT_EQ(state.size_in_bytes(), before);
+    EXPECT_EQ(state_size_in_bytes(config_, model.attention(), at::kBFloat16, 1'000'000), before);
+    // math.md section 6 per layer: keys and values, 12 bytes a slot, 4 a pool score; and what delayed scores and
+    // statistics add: 8 bytes a ring row and 24 a head, 8 for the length.
+    const int64_t heads = 2, pool = 1024;
+    const int64_t wanted =
+        heads * (8 * 2 * (2 * (2 + 12 + 8) + (far > 0 ? 12 : 0)) + 12 * 8 + 4 * pool + 8 * 12 + 24) + 8;
+    EXPECT_EQ(before, 2 * wanted);
+  }
+  const AttentionConfig dense{.kind = AttentionKind::kDense};
+  EXPECT_EQ(state_size_in_bytes(config_, dense, at::kBFloat16, 1000), 2 * 1000 * 2 * 2 * 8 * 2);
+}
+
+TEST_F(TransformerTest, RefusesIdsOutsideTheVocabulary) {
+  const Transformer model = load({});
+  DecodeState state = model.new_state();
+  for (const int32_t bad : {-1, 61}) {
+    std::vector<int32_t> ids = {0, bad};
+    EXPECT_THROW(model.forward(as_tensor(ids, 0, 2), state), c10::Error);
+  }
+}
+
+TEST_F(TransformerTest, RefusesAdaptersOfOtherModelsAndDamagedOnes) {
+  const std::string path = adapter(0, 0, true);
+  const auto refusal = [&](const std::function<void(ModelConfig&)>& change) {
+    ModelConfig other = config_;
+    change(other);
+    return message_of<DataError>([&] { load_adapter(path, other); });
+  };
+  EXPECT_NO_THROW(load_adapter(path, config_));
+  EXPECT_THAT(refusal([](ModelConfig& c) { c.num_layers = 3; }), AllOf(HasSubstr(path), HasSubstr("num_layers")));
+  EXPECT_THAT(refusal([](ModelConfig& c) { c.dim = 64; }), HasSubstr("another model"));
+  EXPECT_THAT(refusal([](ModelConfig& c) { c.architecture = Architecture::kQwen3; }), HasSubstr("qwen3"));
+
+  const Adapter good = load_adapter(path, config_);
+  const auto saved_refusal = [&](const std::function<void(Adapter&)>& damage) {
+    Adapter adapter = load_adapter(path, config_);
+    damage(adapter);
+    save_adapter(folder_.file("bad.safetensors"), adapter, config_);
+    return message_of<DataError>([&] { load_adapter(folder_.file("bad.safetensors"), config_); });
+  };
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers[1].weight = at::randn({2, 31}); }), HasSubstr("scorer.weight"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers[1].beta.fill_(NAN); }), HasSubstr("layers.1.beta"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers[0].slope.fill_(-1); }), HasSubstr("slope"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.topk = 0; }), HasSubstr("topk"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers.pop_back(); }), HasSubstr("layers.1"));
+  EXPECT_THAT(message_of<DataError>([&] { load_adapter(folder_.file("model.safetensors"), config_); }),
+              HasSubstr("format"));
+}
+
+}  // namespace
+}  // namespace sparsek::model
