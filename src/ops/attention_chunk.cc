@@ -18,11 +18,6 @@
 namespace sparsek::ops {
 namespace {
 
-// [batch, num_kv_heads, rows, head_dim]: carried rows, then the chunk's [batch, chunk, num_kv_heads, head_dim].
-Tensor join(const Tensor& carried, const Tensor& chunk) {
-  return at::cat({carried, chunk.transpose(1, 2)}, 2);
-}
-
 // Values of carried and arriving keys, in their new order; source < 0 gives `unused`.
 Tensor take_scores(const Tensor& scores, const Tensor& source, double unused) {
   return at::where(source.lt(0), unused, scores.gather(2, source.clamp_min(0).to(at::kLong)));
@@ -69,28 +64,24 @@ Tensors10 attention_chunk_composite(const Tensor& q, const Tensor& k, const Tens
                             arrival_expiry, arrival_frac_begin, arrival_frac_end, new_slot_source, window_size,
                             num_sinks);
 
-  // Rows [slots | sinks | ring in position order | chunk]; before them the pool's scores.
+  // Rows [slots | sinks | ring in position order | chunk]; before them the pool's scores. Keys and values are [batch,
+  // rows, num_kv_heads, head_dim], so that joining copies the chunk in one piece.
   const Tensor sink_scores =
       ring_scores.new_zeros_symint({ring_scores.sym_size(0), ring_scores.sym_size(1), num_sinks});
   const Tensor key_scores =
       at::where(is_sink.unsqueeze(1), kInfinity, at::cat({slot_scores, sink_scores, arriving}, 2));
-  const Tensor rows_v = join(take_rows(state_v, carried_source), v);
+  const Tensor rows_v = at::cat({take_rows(state_v, carried_source), v}, 1);
   const Tensor carried_k = take_rows(state_k, carried_source);
   Tensor rows_k, rows_far;
   if (far) {
     // The state holds k_far; slots and sinks are never in a window, so their rows of rows_k are never read.
-    const Tensor ring_source = at::arange(lengths.sym_size(0) * ring_scores.sym_size(1), lengths.options())
-                                   .mul(window_size)
-                                   .view_symint({lengths.sym_size(0), ring_scores.sym_size(1), 1}) +
-                               order.unsqueeze(1);
-    rows_far = join(carried_k, *k_far);
-    rows_k = join(at::cat({carried_k.slice(2, 0, ring_row).detach(), take_rows(*ring_k, ring_source)}, 2), k);
+    rows_far = at::cat({carried_k, *k_far}, 1);
+    rows_k = at::cat({carried_k.slice(1, 0, ring_row).detach(), take_rows_of_every_head(*ring_k, order), k}, 1);
   } else {
-    rows_k = join(carried_k, k);
+    rows_k = at::cat({carried_k, k}, 1);
   }
   const auto [out, softmax_lse] = call_attention_rows(
-      q, rows_k.transpose(1, 2), rows_v.transpose(1, 2), q_far,
-      far ? MaybeTensor(rows_far.transpose(1, 2)) : MaybeTensor(), at::cat({pool_scores, key_scores}, 2), tau,
+      q, rows_k, rows_v, q_far, far ? MaybeTensor(rows_far) : MaybeTensor(), at::cat({pool_scores, key_scores}, 2), tau,
       window_begin, far_begin, far_end, frac_begin, frac_end, gate, scale_or_default(softmax_scale, q),
       deterministic || at::globalContext().deterministicAlgorithms());
 

@@ -75,10 +75,16 @@ Tensor new_ring(const Tensor& values, const Tensor& lengths, const c10::SymInt& 
   return values.gather(2, source.unsqueeze(1).expand_symint({values.sym_size(0), values.sym_size(1), window_size}));
 }
 
-Tensor take_rows(const Tensor& state, const Tensor& source) {
-  return state.flatten(0, 2)
+Tensor take_rows(const Tensor& rows, const Tensor& source) {
+  return rows.flatten(0, 2)
       .index_select(0, source.flatten())
-      .view_symint({source.sym_size(0), source.sym_size(1), source.sym_size(2), state.sym_size(3)});
+      .view_symint({source.sym_size(0), source.sym_size(1), source.sym_size(2), rows.sym_size(3)});
+}
+
+Tensor take_rows_of_every_head(const Tensor& state, const Tensor& index) {
+  const c10::SymInt batch = state.sym_size(0), heads = state.sym_size(1);
+  const Tensor first = at::arange(at::Scalar(batch * heads), index.options()) * at::Scalar(state.sym_size(2));
+  return take_rows(state, first.view_symint({batch, 1, heads}) + index.unsqueeze(2));
 }
 
 AttentionState new_attention_state(const AttentionStateOptions& o) {

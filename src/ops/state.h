@@ -27,7 +27,10 @@ Tensor ring_order(const Tensor& lengths, int64_t window_size);
 Tensor ring_in_order(const Tensor& ring, const Tensor& order);
 // values [batch, num_kv_heads, window_size + chunk] in position order -> the new ring of their last window_size.
 Tensor new_ring(const Tensor& values, const Tensor& lengths, const c10::SymInt& chunk, int64_t window_size);
-// state [batch, num_kv_heads, rows, head_dim] -> its rows `source` (flat indices; any shape [batch, num_kv_heads, n]).
-Tensor take_rows(const Tensor& state, const Tensor& source);
+// Rows of head_dim: rows is [a, b, c, head_dim], source flat indices into a * b * c, of any shape [d, e, f] -> [d, e,
+// f, head_dim].
+Tensor take_rows(const Tensor& rows, const Tensor& source);
+// state [batch, num_kv_heads, rows, head_dim], index [batch, n] into its rows -> [batch, n, num_kv_heads, head_dim].
+Tensor take_rows_of_every_head(const Tensor& state, const Tensor& index);
 
 }  // namespace sparsek::ops

@@ -120,7 +120,7 @@ Tensors8 allocate_chunk(const Tensor& lengths, const Tensor& new_slot_source, co
           int32_of({batch, heads, pool + rows}, lengths),
           int32_of({batch, heads, pool + rows}, lengths),
           empty_of({batch, rows}, lengths.options().dtype(at::kBool)),
-          int64_of({batch, heads, carried}, lengths),
+          int64_of({batch, carried, heads}, lengths),
           int64_of({batch, heads, carried}, lengths)};
 }
 

@@ -124,19 +124,19 @@ Tensors2 window_mass_chunk_composite(const Tensor& q, const Tensor& k, const Ten
 
   // Rows [sinks | ring in position order | chunk].
   const Tensor order = ring_order(lengths, window_size);
-  const auto in_order = [&](const Tensor& ring) {
-    return ring.gather(2, order.unsqueeze(1).unsqueeze(3).expand_as(ring));
-  };
-  const Tensor sinks = state_k.slice(2, 0, num_sinks);
-  const auto rows = [&](const Tensor& ring, const Tensor& chunk) {
-    return at::cat({sinks, in_order(ring), chunk.transpose(1, 2)}, 2).transpose(1, 2);
-  };
-  const Tensor state_ring = state_k.slice(2, num_sinks, num_sinks + window_size);
+  const Tensor sinks = at::arange(num_sinks, lengths.options()).expand_symint({lengths.sym_size(0), num_sinks});
+  const Tensor state_rows = take_rows_of_every_head(state_k, at::cat({sinks, order + num_sinks}, 1));
+  Tensor rows_k, rows_far;
+  if (far) {  // sinks are never in a window, so their rows of rows_k are never read
+    rows_far = at::cat({state_rows, *k_far}, 1);
+    rows_k = at::cat({state_rows.slice(1, 0, num_sinks), take_rows_of_every_head(*ring_k, order), k}, 1);
+  } else {
+    rows_k = at::cat({state_rows, k}, 1);
+  }
   const Tensor chunk_zeros = ring_mass.new_zeros_symint({q.sym_size(0), k.sym_size(2), q.sym_size(1)});
   const Tensor sink_zeros = ring_mass.new_zeros_symint({q.sym_size(0), k.sym_size(2), num_sinks});
   const Tensor mass_in = at::cat({sink_zeros, ring_in_order(ring_mass, order), chunk_zeros}, 2);
-  const Tensor mass = call_mass_rows(q, rows(far ? *ring_k : state_ring, k), q_far,
-                                     far ? MaybeTensor(rows(state_ring, *k_far)) : MaybeTensor(), window_begin,
+  const Tensor mass = call_mass_rows(q, rows_k, q_far, far ? MaybeTensor(rows_far) : MaybeTensor(), window_begin,
                                      far_begin, far_end, mass_in, window_size, scale_or_default(softmax_scale, q));
   const Tensor arriving = mass.slice(2, num_sinks);
   const Tensor leaving = arriving.slice_symint(2, 0, q.sym_size(1)).transpose(1, 2);

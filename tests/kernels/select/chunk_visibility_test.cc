@@ -112,7 +112,7 @@ std::vector<int64_t> labels_of_rows(const Chunk& c, int64_t b, int64_t bh) {
   for (int64_t slot = 0; slot < s.topk; ++slot) state[s.num_sinks + s.window_size + slot] = kSlot + slot;
   std::vector<int64_t> labels;
   for (int64_t r = 0; r < c.carried(); ++r) {
-    labels.push_back(state.at(c.carried_source[bh * c.carried() + r] - bh * c.carried()));
+    labels.push_back(state.at(c.carried_source[(b * c.carried() + r) * kHeads + bh % kHeads] - bh * c.carried()));
   }
   for (int64_t t = 0; t < s.chunk; ++t) labels.push_back(length + t);
   return labels;
@@ -149,7 +149,9 @@ void check_new_state(const Chunk& c, int64_t b, int64_t bh, const std::vector<in
   const Sizes& s = c.sizes;
   const int64_t length = c.lengths[b], end = length + s.chunk;
   const auto label = [&](int64_t state_row) {
-    return labels.at(c.state_source[bh * c.carried() + state_row] - bh * c.rows());
+    const int64_t source = c.state_source[bh * c.carried() + state_row] - b * c.rows() * kHeads;
+    EXPECT_EQ(source % kHeads, bh % kHeads);
+    return labels.at(source / kHeads);
   };
   for (int64_t j = 0; j < std::min<int64_t>(s.num_sinks, end); ++j) EXPECT_EQ(label(j), j);
   for (int64_t p = std::max<int64_t>(0, end - s.window_size); p < end; ++p) {

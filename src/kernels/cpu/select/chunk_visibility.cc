@@ -87,18 +87,21 @@ void fill_rows(const ChunkVisibilityParams& p, int64_t b, int64_t h) {
 void fill_sources(const ChunkVisibilityParams& p, int64_t b, int64_t h) {
   const int64_t length = p.lengths[b], bh = b * p.num_kv_heads + h;
   const int64_t num_state_rows = p.num_sinks + p.window_size + p.topk, num_rows = num_state_rows + p.chunk;
-  int64_t* carried = p.carried_source + bh * num_state_rows;
-  const int64_t state = bh * num_state_rows;
-  for (int64_t s = 0; s < p.topk; ++s) *carried++ = state + p.num_sinks + p.window_size + s;
-  for (int64_t j = 0; j < p.num_sinks; ++j) *carried++ = state + j;
-  for (int64_t r = 0; r < p.window_size; ++r) *carried++ = state + p.num_sinks + (length + r) % p.window_size;
+  int64_t* carried = p.carried_source + b * num_state_rows * p.num_kv_heads + h;
+  const auto carry = [&](int64_t state_row) {
+    *carried = bh * num_state_rows + state_row;
+    carried += p.num_kv_heads;
+  };
+  for (int64_t s = 0; s < p.topk; ++s) carry(p.num_sinks + p.window_size + s);
+  for (int64_t j = 0; j < p.num_sinks; ++j) carry(j);
+  for (int64_t r = 0; r < p.window_size; ++r) carry(p.num_sinks + (length + r) % p.window_size);
 
   const NewState from{p, length};
   int64_t* source = p.state_source + bh * num_state_rows;
-  const int64_t rows = bh * num_rows;
-  for (int64_t j = 0; j < p.num_sinks; ++j) *source++ = rows + from.sink(j);
-  for (int64_t r = 0; r < p.window_size; ++r) *source++ = rows + from.ring(r);
-  for (int64_t s = 0; s < p.topk; ++s) *source++ = rows + from.slot(p.new_slot_source[bh * p.topk + s]);
+  const auto keep = [&](int64_t row) { *source++ = (b * num_rows + row) * p.num_kv_heads + h; };
+  for (int64_t j = 0; j < p.num_sinks; ++j) keep(from.sink(j));
+  for (int64_t r = 0; r < p.window_size; ++r) keep(from.ring(r));
+  for (int64_t s = 0; s < p.topk; ++s) keep(from.slot(p.new_slot_source[bh * p.topk + s]));
 }
 
 }  // namespace

@@ -21,10 +21,10 @@ struct ChunkVisibilityParams {
   int32_t *far_begin, *far_end;                                           // [batch, num_kv_heads, num_rows]
   int32_t *frac_begin, *frac_end;  // [batch, num_kv_heads, pool_capacity + num_rows]
   bool* is_sink;                   // [batch, num_rows] rows that are read as sinks, wherever they lie
-  int64_t* carried_source;         // [batch, num_kv_heads, topk + num_sinks + window_size] carried row -> row of the
+  int64_t* carried_source;         // [batch, topk + num_sinks + window_size, num_kv_heads] carried row -> row of the
                                    //   state [batch * num_kv_heads * num_state_rows]
   int64_t* state_source;           // [batch, num_kv_heads, num_state_rows] row of the new state -> row of
-                                   //   [batch * num_kv_heads * num_rows]; empty slots name any row
+                                   //   [batch * num_rows * num_kv_heads]; empty slots name any row
   int32_t batch, chunk, num_kv_heads, topk, window_size, num_sinks, pool_capacity;
 };
 void chunk_visibility(const ChunkVisibilityParams& params);
