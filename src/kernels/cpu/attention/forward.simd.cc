@@ -65,7 +65,8 @@ struct StoreExponentials {
         VecF e = exp2_of<T>(acc[r][v] * alpha - shift);
         sum += e;
         if constexpr (kGated) {
-          const VecF weight = load(scores + column + v * kLanes) - row_tau[row + r];
+          const int at = column + v * kLanes;
+          const VecF weight = load(slot_score + info[at / kPanelKeys].first + at % kPanelKeys) - row_tau[row + r];
           e = e * min(max(weight, splat(0.0f)), splat(1.0f));
         }
         store_as(probabilities + (row + r) * kBlockKeys + column + v * kLanes, e);
@@ -74,7 +75,8 @@ struct StoreExponentials {
     }
   }
   float alpha;
-  const float *row_max, *row_tau, *scores;
+  const float *row_max, *row_tau, *slot_score;
+  const PanelInfo* info;
   float* row_sum;
   T* probabilities;
 };
@@ -116,13 +118,16 @@ SPARSEK_INLINE void softmax_row(const Keys<T>& keys, const Block& block, const Q
       store_as(probabilities + v * kLanes, e);
     }
   } else {
-    const float* scores = keys.slot_score + keys.info[block.first].first;  // slots of a block are consecutive
     const VecF tau = splat(position.tau);
-#pragma GCC unroll 2
-    for (int v = 0; v < num_vectors; ++v) {
-      const VecF e = exp2_of<T>(load(logits + v * kLanes) - shift);
-      sum += e;
-      store_as(probabilities + v * kLanes, e * min(max(load(scores + v * kLanes) - tau, splat(0.0f)), splat(1.0f)));
+    for (int n = 0; n < block.count; ++n) {
+      const float* scores = keys.slot_score + keys.info[block.first + n].first;
+#pragma GCC unroll 4
+      for (int v = 0; v < kPerPanel; ++v) {
+        const VecF e = exp2_of<T>(load(logits + n * kPanelKeys + v * kLanes) - shift);
+        sum += e;
+        const VecF weight = min(max(load(scores + v * kLanes) - tau, splat(0.0f)), splat(1.0f));
+        store_as(probabilities + n * kPanelKeys + v * kLanes, e * weight);
+      }
     }
   }
   store(row_sum, sum);
@@ -130,8 +135,8 @@ SPARSEK_INLINE void softmax_row(const Keys<T>& keys, const Block& block, const Q
 
 // All panels of a tile, the newest first.
 template <class T>
-void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows,
-                 bool running_maximum) {
+void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, bool running_maximum,
+                 RowPrefetch<T>* prefetch) {
   const int head_dim = p.head_dim, padded_dim = padded(head_dim), group_heads = s.group_heads;
   const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
   for (int r = 0; r < rows; ++r) s.row_max[r] = kNothing;
@@ -139,10 +144,9 @@ void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>
   std::memset(s.out, 0, static_cast<size_t>(rows) * padded_dim * sizeof(float));
   for (int end = keys.num_panels; end > 0;) {
     const bool is_far = keys.info[end - 1].is_far;
-    const int begin = is_far ? 0 : keys.num_far;
     Block block{};
-    block.count = end - begin < kBlockPanels ? end - begin : kBlockPanels;
-    block.first = end - block.count;
+    block.first = block_begin(keys, end, kBlockPanels);
+    block.count = end - block.first;
     block.takes_maximum = running_maximum || end == keys.num_panels;
     for (int n = block.first; n < end; ++n) {
       block.is_masked |= keys.info[n].is_masked;
@@ -152,19 +156,19 @@ void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>
     const T* q = is_far ? s.q_far : s.q;
     for (int r = 0; r < rows; r += kGroupRows) {
       const int group = rows - r < kGroupRows ? rows - r : kGroupRows;
+      prefetch->some(group / 2);
       const T* q_group = q + r * head_dim;
       const T* const* k_columns = keys.k_columns + block.first;
       if (!block.is_masked && !block.takes_maximum) {
         float* row_sum = s.row_sum + r * kLanes;
         if (block.is_gated) {
-          const float* scores = keys.slot_score + keys.info[block.first].first;  // slots of a block are consecutive
-          multiply_columns(
-              q_group, head_dim, group, head_dim, k_columns, block.count,
-              StoreExponentials<T, true>{alpha, s.row_max + r, s.row_tau + r, scores, row_sum, s.probabilities});
+          multiply_columns(q_group, head_dim, group, head_dim, k_columns, block.count,
+                           StoreExponentials<T, true>{alpha, s.row_max + r, s.row_tau + r, keys.slot_score,
+                                                      keys.info + block.first, row_sum, s.probabilities});
         } else {
           multiply_columns(
               q_group, head_dim, group, head_dim, k_columns, block.count,
-              StoreExponentials<T, false>{alpha, s.row_max + r, nullptr, nullptr, row_sum, s.probabilities});
+              StoreExponentials<T, false>{alpha, s.row_max + r, nullptr, nullptr, nullptr, row_sum, s.probabilities});
         }
       } else {
         multiply_columns(q_group, head_dim, group, head_dim, k_columns, block.count,
@@ -217,15 +221,13 @@ void run(const AttentionFwdParams& p, const RunPlan& plan, char* memory) {
       gather_rows(q_far + first * p.q_far_strides.seq, p.q_far_strides.seq, p.q_far_strides.head, queries,
                   s.group_heads, p.head_dim, s.q_far);
     }
-    if (end < plan.end_query) {
-      const int ahead = plan.end_query - end < queries ? plan.end_query - end : queries;
-      prefetch_tile(q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, ahead, s.group_heads, p.head_dim);
-    }
-
-    tile_blocks(p, s, keys, rows, false);
+    const int rows_ahead = (plan.end_query - end < queries ? plan.end_query - end : queries) * s.group_heads;
+    RowPrefetch<T> prefetch{
+        q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, rows_ahead, s.group_heads, p.head_dim};
+    tile_blocks(p, s, keys, rows, false, &prefetch);
     bool fits = true;
     for (int r = 0; r < rows; ++r) fits &= reduce_add(load(s.row_sum + r * kLanes)) < kLargestSum;
-    if (!fits) tile_blocks(p, s, keys, rows, true);
+    if (!fits) tile_blocks(p, s, keys, rows, true, &prefetch);
 
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r / s.group_heads, head = first_head + r % s.group_heads;

@@ -11,10 +11,23 @@ int32_t tile_queries(int32_t group_heads) {
 }
 
 int32_t run_queries(int64_t batch_times_kv_heads, int32_t seqlen_q, int32_t tile, int64_t wanted_runs) {
-  constexpr int64_t kShortest = 128, kLongest = 2048;
+  constexpr int64_t kShortest = 128, kLongest = 8192;
   const int64_t length = std::clamp(batch_times_kv_heads * seqlen_q / wanted_runs, kShortest, kLongest);
   return static_cast<int32_t>((length + tile - 1) / tile * tile);
 }
+
+namespace {
+
+constexpr int32_t kStride = 32;
+
+// kStride rows that no query from `query` on sees.
+bool all_dead(const int32_t* far_end, int32_t query) {
+  int32_t latest = far_end[0];
+  for (int32_t n = 1; n < kStride; ++n) latest = std::max(latest, far_end[n]);
+  return latest <= query;
+}
+
+}  // namespace
 
 const RunPlan& RunPlanner::plan(const RunShape& shape, int32_t batch, int32_t kv_head, int32_t first_query,
                                 int32_t end_query, int32_t tile) {
@@ -33,6 +46,9 @@ const RunPlan& RunPlanner::plan(const RunShape& shape, int32_t batch, int32_t kv
   tile_slots_.clear();
   slot_end_.clear();
 
+  // Rows in front of num_old were visible before this run; most of a long document's are not any more.
+  const auto num_old = static_cast<int32_t>(
+      std::upper_bound(shape.far_begin, shape.far_begin + shape.seqlen_k, first_query) - shape.far_begin);
   size_t most_slots = 0;
   int32_t row = 0;
   for (int32_t t = 0; t < plan_.num_tiles; ++t) {
@@ -45,6 +61,7 @@ const RunPlan& RunPlanner::plan(const RunShape& shape, int32_t batch, int32_t kv
     size_t next_free = 0;
     // far_begin does not decrease with the row: what is new at this tile stands in front of the rest.
     for (; row < shape.seqlen_k && shape.far_begin[row] <= tile_last; ++row) {
+      while (row + kStride < num_old && all_dead(shape.far_end + row, first_query)) row += kStride;
       if (shape.far_end[row] <= std::max(shape.far_begin[row], tile_first)) continue;
       if (next_free == free_slots_.size()) {
         free_slots_.push_back(static_cast<int32_t>(slot_end_.size()));

@@ -35,6 +35,22 @@ SPARSEK_INLINE VecF mask(VecF x, const Keys<T>& keys, const PanelInfo& panel, in
   return select((row >= splat_i(position.window_begin)) & (row <= splat_i(position.own)), x, splat(kMasked));
 }
 
+// Where the block of panels that ends before `end` begins: at most max_panels, all far or all in the window, all masked
+// or none. The tile's first block is its newest panels, which hold the own key of every row (a tile has 64 queries at
+// most).
+template <class T>
+SPARSEK_INLINE int block_begin(const Keys<T>& keys, int end, int max_panels) {
+  const PanelInfo last = keys.info[end - 1];
+  const bool is_first = end == keys.num_panels;
+  const int limit = is_first ? 64 / kPanelKeys : max_panels;
+  int begin = end - 1;
+  for (; begin > 0 && end - begin < limit; --begin) {
+    const PanelInfo next = keys.info[begin - 1];
+    if (next.is_far != last.is_far || (next.is_masked != last.is_masked && !is_first)) break;
+  }
+  return begin;
+}
+
 // The keys of one (batch row, KV head). Without soft gates no scores: then every weight is 1.
 template <class T>
 SPARSEK_INLINE KeySource<T> key_source(const AttentionFwdParams& p, const RunPlan& plan) {
@@ -56,12 +72,20 @@ SPARSEK_INLINE KeySource<T> key_source(const AttentionFwdParams& p, const RunPla
   return source;
 }
 
-// Rows [queries][group_heads][head_dim] that the tile after this one will want.
+// Asks for the query rows of the next tile a few at a time, while this one is computed: all at once they would wait for
+// memory themselves.
 template <class T>
-SPARSEK_INLINE void prefetch_tile(const T* from, int64_t stride_seq, int64_t stride_head, int queries, int group_heads,
-                                  int head_dim) {
-  for (int i = 0; i < queries; ++i) prefetch_rows(from + i * stride_seq, stride_head, group_heads, head_dim);
-}
+struct RowPrefetch {
+  SPARSEK_INLINE void some(int count) {
+    for (; count > 0 && next < rows; ++next, --count) {
+      prefetch_rows(from + next / group_heads * stride_seq + next % group_heads * stride_head, 0, 1, head_dim);
+    }
+  }
+  const T* from;  // the next tile's first row
+  int64_t stride_seq, stride_head;
+  int rows, group_heads, head_dim;
+  int next = 0;
+};
 
 // Copies rows [queries][group_heads][head_dim] from a strided tensor; `from` is the first query's first head.
 template <class T>

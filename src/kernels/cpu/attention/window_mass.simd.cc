@@ -127,17 +127,16 @@ SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const 
 // All panels of the tile, the newest first. first_new_panel: from there on no key is in the older half of any window.
 template <class T>
 void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, int first_new_panel,
-                 bool running_maximum) {
+                 bool running_maximum, RowPrefetch<T>* prefetch) {
   const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
   const int64_t kept_stride = static_cast<int64_t>(s.max_rows) * kPanelKeys;
   for (int r = 0; r < rows; ++r) s.row_shift[r] = kNothing;
   std::memset(s.row_sum, 0, static_cast<size_t>(rows) * kLanes * sizeof(float));
   for (int end = keys.num_panels; end > 0;) {
     const bool is_far = keys.info[end - 1].is_far;
-    const int begin = is_far ? 0 : keys.num_far;
     Block block{};
-    block.count = end - begin < kBlockPanels ? end - begin : kBlockPanels;
-    block.first = end - block.count;
+    block.first = block_begin(keys, end, kBlockPanels);
+    block.count = end - block.first;
     block.is_kept = !is_far && block.first < first_new_panel;
     block.takes_maximum = running_maximum || end == keys.num_panels;
     for (int n = block.first; n < end; ++n) block.is_masked |= keys.info[n].is_masked;
@@ -145,6 +144,7 @@ void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& 
     const int64_t band_panel = is_far ? 0 : block.first - keys.num_far;
     for (int r = 0; r < rows; r += kGroupRows) {
       const int group = rows - r < kGroupRows ? rows - r : kGroupRows;
+      prefetch->some(group / 2);
       const T* q = (is_far ? s.q_far : s.q) + r * p.head_dim;
       const T* const* k_columns = keys.k_columns + block.first;
       float* kept = s.kept + band_panel * kept_stride + r * kPanelKeys;
@@ -260,12 +260,10 @@ void run(const WindowMassParams& p, const RunPlan& plan, char* memory, float* ma
     int first_new_panel = keys.num_far;
     while (first_new_panel < keys.num_panels && keys.info[first_new_panel].first <= last_old_row) ++first_new_panel;
 
-    if (end < plan.end_query) {
-      const int ahead = plan.end_query - end < queries ? plan.end_query - end : queries;
-      prefetch_tile(q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, ahead, s.group_heads, p.head_dim);
-    }
-
-    tile_blocks(p, s, keys, rows, first_new_panel, false);
+    const int rows_ahead = (plan.end_query - end < queries ? plan.end_query - end : queries) * s.group_heads;
+    RowPrefetch<T> prefetch{
+        q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, rows_ahead, s.group_heads, p.head_dim};
+    tile_blocks(p, s, keys, rows, first_new_panel, false, &prefetch);
     bool fits = true;
     for (int r = 0; r < rows; ++r) {
       const float sum = reduce_add(load(s.row_sum + r * kLanes));
@@ -273,7 +271,7 @@ void run(const WindowMassParams& p, const RunPlan& plan, char* memory, float* ma
       s.row_inverse[r] = 1.0f / sum;
     }
     if (!fits) {
-      tile_blocks(p, s, keys, rows, first_new_panel, true);
+      tile_blocks(p, s, keys, rows, first_new_panel, true, &prefetch);
       for (int r = 0; r < rows; ++r) s.row_inverse[r] = 1.0f / reduce_add(load(s.row_sum + r * kLanes));
     }
 
