@@ -191,11 +191,7 @@ void tile_blocks(const AttentionBwdParams& p, const Scratch<T>& s, const Keys<T>
   for (int first = 0, count; first < keys.num_panels; first += count) {
     const bool is_far = keys.info[first].is_far;
     const int end = is_far ? keys.num_far : keys.num_panels;
-    count = 1;  // and on while the panels' sums dk, dv lie behind one another
-    while (count < kBlockPanels && first + count < end &&
-           keys.info[first + count].first == keys.info[first].first + count * kPanelKeys) {
-      ++count;
-    }
+    count = end - first < kBlockPanels ? end - first : kBlockPanels;
     const TileRows<T>& q = is_far ? s.q_far : s.q;
     multiply_columns(q.plain, q.stride, rows, head_dim, keys.k_columns + first, count,
                      StoreScaled{s.logits, kBlockKeys, alpha});

@@ -25,6 +25,7 @@ struct Scratch {
     row_max = arena->take<float>(rows);
     row_tau = arena->take<float>(rows);
     row_sum = arena->take<float>(rows * kLanes);
+    fits = arena->take<bool>(rows);
     positions = arena->take<QueryPosition>(plan.tile_queries);
     logits = arena->take<float>(kGroupRows * kBlockKeys);
     probabilities = arena->take<T>(kGroupRows * kBlockKeys);
@@ -32,6 +33,7 @@ struct Scratch {
   int group_heads, rows;
   T *q, *q_far;
   float *out, *row_max, *row_tau, *row_sum;  // row_sum: kLanes partial sums a row
+  bool* fits;
   QueryPosition* positions;
   float* logits;     // [kGroupRows][kBlockKeys]
   T* probabilities;  // [kGroupRows][kBlockKeys], gated
@@ -81,26 +83,13 @@ struct StoreExponentials {
   T* probabilities;
 };
 
-// One row of a block: masks, takes the maximum where it must, adds to the sum, writes gated probabilities.
+// One row of a block: takes the maximum where it must, masks, adds to the sum, writes gated probabilities.
 template <class T>
-SPARSEK_INLINE void softmax_row(const Keys<T>& keys, const Block& block, const QueryPosition& position, float* logits,
-                                T* probabilities, float* row_max, float* row_sum, float* out, int padded_dim) {
-  constexpr int kPerPanel = kPanelKeys / kLanes;
-  const int num_vectors = block.count * kPerPanel;
-  if (block.is_masked) {
-    for (int n = 0; n < block.count; ++n) {
-      const PanelInfo panel = keys.info[block.first + n];
-      if (!panel.is_masked) continue;
-      float* x = logits + n * kPanelKeys;
-      for (int v = 0; v < kPerPanel; ++v) {
-        store(x + v * kLanes, mask(load(x + v * kLanes), keys, panel, v * kLanes, position));
-      }
-    }
-  }
+SPARSEK_INLINE void softmax_row(const Keys<T>& keys, const Block& block, const QueryPosition& position, float alpha,
+                                const float* logits, T* probabilities, float* row_max, float* row_sum, float* out,
+                                int padded_dim) {
   if (block.takes_maximum) {
-    VecF top = splat(kMasked);
-    for (int v = 0; v < num_vectors; ++v) top = max(top, load(logits + v * kLanes));
-    const float block_max = reduce_max(top);
+    const float block_max = block_maximum(logits, alpha, keys, block.first, block.count, position);
     if (block_max > *row_max) {
       const VecF factor = exp2_of<float>(splat(*row_max - block_max));
       *row_max = block_max;
@@ -108,26 +97,18 @@ SPARSEK_INLINE void softmax_row(const Keys<T>& keys, const Block& block, const Q
       for (int c = 0; c < padded_dim; c += kLanes) store(out + c, load(out + c) * factor);
     }
   }
-  const VecF shift = splat(*row_max);
+  const VecF shift = splat(*row_max), tau = splat(position.tau);
   VecF sum = load(row_sum);
-  if (!block.is_gated) {
-#pragma GCC unroll 4
-    for (int v = 0; v < num_vectors; ++v) {
-      const VecF e = exp2_of<T>(load(logits + v * kLanes) - shift);
+  for (int n = 0; n < block.count; ++n) {
+    const PanelInfo panel = keys.info[block.first + n];
+    for (int column = 0; column < kPanelKeys; column += kLanes) {
+      VecF e = exp2_of<T>(scaled_logits(logits + n * kPanelKeys, alpha, shift, keys, panel, column, position));
       sum += e;
-      store_as(probabilities + v * kLanes, e);
-    }
-  } else {
-    const VecF tau = splat(position.tau);
-    for (int n = 0; n < block.count; ++n) {
-      const float* scores = keys.slot_score + keys.info[block.first + n].first;
-#pragma GCC unroll 4
-      for (int v = 0; v < kPerPanel; ++v) {
-        const VecF e = exp2_of<T>(load(logits + n * kPanelKeys + v * kLanes) - shift);
-        sum += e;
-        const VecF weight = min(max(load(scores + v * kLanes) - tau, splat(0.0f)), splat(1.0f));
-        store_as(probabilities + n * kPanelKeys + v * kLanes, e * weight);
+      if (panel.is_gated) {
+        const VecF weight = load(keys.slot_score + panel.first + column) - tau;
+        e = e * min(max(weight, splat(0.0f)), splat(1.0f));
       }
+      store_as(probabilities + n * kPanelKeys + column, e);
     }
   }
   store(row_sum, sum);
@@ -172,10 +153,10 @@ void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>
         }
       } else {
         multiply_columns(q_group, head_dim, group, head_dim, k_columns, block.count,
-                         StoreScaled{s.logits, kBlockKeys, alpha});
+                         StoreScaled{s.logits, kBlockKeys, 1.0f});
         for (int n = 0; n < group; ++n) {
           const int row = r + n;
-          softmax_row(keys, block, s.positions[row / group_heads], s.logits + n * kBlockKeys,
+          softmax_row(keys, block, s.positions[row / group_heads], alpha, s.logits + n * kBlockKeys,
                       s.probabilities + n * kBlockKeys, s.row_max + row, s.row_sum + row * kLanes,
                       s.out + row * padded_dim, padded_dim);
         }
@@ -225,17 +206,25 @@ void run(const AttentionFwdParams& p, const RunPlan& plan, char* memory) {
     RowPrefetch<T> prefetch{
         q + end * p.q_strides.seq, p.q_strides.seq, p.q_strides.head, rows_ahead, s.group_heads, p.head_dim};
     tile_blocks(p, s, keys, rows, false, &prefetch);
-    bool fits = true;
-    for (int r = 0; r < rows; ++r) fits &= reduce_add(load(s.row_sum + r * kLanes)) < kLargestSum;
-    if (!fits) tile_blocks(p, s, keys, rows, true, &prefetch);
-
-    for (int r = 0; r < rows; ++r) {
+    const auto row_total = [&](int r) { return reduce_add(load(s.row_sum + r * kLanes)); };
+    const auto write = [&](int r) {
       const int64_t i = first + r / s.group_heads, head = first_head + r % s.group_heads;
-      const float sum = reduce_add(load(s.row_sum + r * kLanes));
+      const float sum = row_total(r);
       T* out = static_cast<T*>(p.out) + b * p.out_strides.batch + i * p.out_strides.seq + head * p.out_strides.head;
       write_row(out, s.out + r * padded_dim, sum > 0 ? 1 / sum : 0.0f, p.head_dim);
       static_cast<float*>(p.softmax_lse)[(static_cast<int64_t>(b) * p.num_heads + head) * p.seqlen_q + i] =
           sum > 0 ? static_cast<float>(s.row_max[r] * 0.6931471805599453 + logf(sum)) : -__builtin_inff();
+    };
+    bool all_fit = true;
+    for (int r = 0; r < rows; ++r) {
+      s.fits[r] = row_total(r) < kLargestSum;
+      all_fit &= s.fits[r];
+      if (s.fits[r]) write(r);
+    }
+    if (all_fit) continue;
+    tile_blocks(p, s, keys, rows, true, &prefetch);
+    for (int r = 0; r < rows; ++r) {
+      if (!s.fits[r]) write(r);
     }
   }
 }

@@ -97,16 +97,13 @@ struct Keys {
 
     num_far = (plan.tile_slots[t] + kPanelKeys - 1) / kPanelKeys;
     num_panels = num_far + last_panel - first_band_panel + 1;
-    // Far panels without masks stand together, so that a block of them needs none.
-    int num_plain = 0, num_masked = 0;
     for (int panel = 0; panel < num_far; ++panel) {
       bool masked = false, gated = false;
       for (int slot = panel * kPanelKeys; slot < (panel + 1) * kPanelKeys; ++slot) {
         masked |= slot_begin[slot] > first_query || slot_end[slot] <= last_query;
         gated |= !(slot_score[slot] - tau_max >= 1.0f);
       }
-      const int n = masked ? num_far - ++num_masked : num_plain++;
-      list(n, panel, {true, masked, gated && source.scores, panel * kPanelKeys});
+      list(panel, panel, {true, masked, gated && source.scores, panel * kPanelKeys});
     }
     const int32_t first_own = last_own - (last_query - first_query);
     for (int n = num_far; n < num_panels; ++n) {

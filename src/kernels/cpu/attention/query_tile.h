@@ -21,18 +21,40 @@ struct QueryPosition {
   float tau;
 };
 
-// x of a key column that the query at `position` does not see becomes kMasked. column: first of kLanes of the panel.
+// Which of kLanes key columns of a panel, from `column` on, the query at `position` sees.
 template <class T>
-SPARSEK_INLINE VecF mask(VecF x, const Keys<T>& keys, const PanelInfo& panel, int column,
-                         const QueryPosition& position) {
+SPARSEK_INLINE VecI visible(const Keys<T>& keys, const PanelInfo& panel, int column, const QueryPosition& position) {
   if (panel.is_far) {
     const VecI begin = load_i(keys.slot_begin + panel.first + column);
     const VecI end = load_i(keys.slot_end + panel.first + column);
     const VecI query = splat_i(position.query);
-    return select((begin <= query) & (query < end), x, splat(kMasked));
+    return (begin <= query) & (query < end);
   }
   const VecI row = column_indices(panel.first + column);
-  return select((row >= splat_i(position.window_begin)) & (row <= splat_i(position.own)), x, splat(kMasked));
+  return (row >= splat_i(position.window_begin)) & (row <= splat_i(position.own));
+}
+
+// alpha * logit - shift of kLanes key columns of a panel, or kMasked. A register block that is finished at once
+// computes the same bits: what a query gets must not depend on whether its tile needs masks.
+template <class T>
+SPARSEK_INLINE VecF scaled_logits(const float* logits, float alpha, VecF shift, const Keys<T>& keys,
+                                  const PanelInfo& panel, int column, const QueryPosition& position) {
+  const VecF x = load(logits + column) * alpha - shift;
+  return panel.is_masked ? select(visible(keys, panel, column, position), x, splat(kMasked)) : x;
+}
+
+// The largest alpha * logit of a block of panels in one row.
+template <class T>
+SPARSEK_INLINE float block_maximum(const float* logits, float alpha, const Keys<T>& keys, int first_panel,
+                                   int num_panels, const QueryPosition& position) {
+  VecF top = splat(kMasked);
+  for (int n = 0; n < num_panels; ++n) {
+    const PanelInfo panel = keys.info[first_panel + n];
+    for (int column = 0; column < kPanelKeys; column += kLanes) {
+      top = max(top, scaled_logits(logits + n * kPanelKeys, alpha, splat(0.0f), keys, panel, column, position));
+    }
+  }
+  return reduce_max(top);
 }
 
 // Where the block of panels that ends before `end` begins: at most max_panels, all far or all in the window, all masked

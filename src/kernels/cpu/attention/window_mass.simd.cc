@@ -82,24 +82,11 @@ struct SumExponentials {
 // One row of a block. The shift is the maximum of the row's first block, which holds its own key, or a running maximum
 // where some row's later logits exceed that by more than float32 can hold.
 template <class T>
-SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const QueryPosition& position, float* logits,
-                                 float* row_shift, float* row_sum, float* kept, int64_t kept_stride) {
-  constexpr int kPerPanel = kPanelKeys / kLanes;
-  const int num_vectors = block.count * kPerPanel;
-  if (block.is_masked) {
-    for (int n = 0; n < block.count; ++n) {
-      const PanelInfo panel = keys.info[block.first + n];
-      if (!panel.is_masked) continue;
-      float* x = logits + n * kPanelKeys;
-      for (int v = 0; v < kPerPanel; ++v) {
-        store(x + v * kLanes, mask(load(x + v * kLanes), keys, panel, v * kLanes, position));
-      }
-    }
-  }
+SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const QueryPosition& position, float alpha,
+                                 const float* logits, float* row_shift, float* row_sum, float* kept,
+                                 int64_t kept_stride) {
   if (block.takes_maximum) {
-    VecF top = splat(kMasked);
-    for (int v = 0; v < num_vectors; ++v) top = max(top, load(logits + v * kLanes));
-    const float block_max = reduce_max(top);
+    const float block_max = block_maximum(logits, alpha, keys, block.first, block.count, position);
     if (block_max > *row_shift) {
       const VecF factor = exp2_of<float>(splat(*row_shift - block_max));
       *row_shift = block_max;
@@ -108,18 +95,13 @@ SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const 
   }
   const VecF shift = splat(*row_shift);
   VecF sum = load(row_sum);
-  if (block.is_kept) {
-    for (int n = 0; n < block.count; ++n) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kPerPanel; ++v) {
-        const VecF e = exponential(load(logits + n * kPanelKeys + v * kLanes) - shift);
-        sum += e;
-        store(kept + n * kept_stride + v * kLanes, e);
-      }
+  for (int n = 0; n < block.count; ++n) {
+    const PanelInfo panel = keys.info[block.first + n];
+    for (int column = 0; column < kPanelKeys; column += kLanes) {
+      const VecF e = exponential(scaled_logits(logits + n * kPanelKeys, alpha, shift, keys, panel, column, position));
+      sum += e;
+      if (block.is_kept) store(kept + n * kept_stride + column, e);
     }
-  } else {
-#pragma GCC unroll 4
-    for (int v = 0; v < num_vectors; ++v) sum += exponential(load(logits + v * kLanes) - shift);
   }
   store(row_sum, sum);
 }
@@ -160,10 +142,10 @@ void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& 
         continue;
       }
       multiply_columns(q, p.head_dim, group, p.head_dim, k_columns, block.count,
-                       StoreScaled{s.logits, kBlockKeys, alpha});
+                       StoreScaled{s.logits, kBlockKeys, 1.0f});
       for (int n = 0; n < group; ++n) {
         const int row = r + n;
-        row_of_block(keys, block, s.positions[row], s.logits + n * kBlockKeys, s.row_shift + row,
+        row_of_block(keys, block, s.positions[row], alpha, s.logits + n * kBlockKeys, s.row_shift + row,
                      s.row_sum + row * kLanes, kept + n * kPanelKeys, kept_stride);
       }
     }
