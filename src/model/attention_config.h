@@ -21,7 +21,7 @@ const char* name(Gate gate);           // "soft", "hard"
 AttentionKind parse_attention_kind(const std::string& text);  // --attention
 Gate parse_gate(const std::string& text);                     // --gate
 
-// Unset fields take defaults: sparsek 508/512/4, window 1020/4, or the adapter's own numbers.
+// Unset fields take defaults: sparsek 124/896/4, window 1020/4, or the adapter's own numbers.
 struct AttentionRequest {
   AttentionKind kind = AttentionKind::kSparsek;
   std::optional<int64_t> topk = {};          // --topk      sparsek only
@@ -56,7 +56,7 @@ struct AttentionDefaults {
 AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
                         std::vector<std::string>* notices);
 
-// One line for people and logs, e.g. "sparsek topk 508 window 512 sinks 4 gate hard scorer window_mass far-distance
+// One line for people and logs, e.g. "sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass far-distance
 // 1024".
 std::string describe(const AttentionConfig& config);
 

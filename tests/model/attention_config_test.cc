@@ -20,7 +20,7 @@ std::string refusal(const AttentionRequest& request) {
 
 TEST(AttentionConfig, DefaultsOfEachKind) {
   const AttentionConfig sparsek = resolve({}, nullptr, nullptr);
-  EXPECT_EQ(describe(sparsek), "sparsek topk 508 window 512 sinks 4 gate hard scorer window_mass far-distance 1024");
+  EXPECT_EQ(describe(sparsek), "sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass far-distance 1024");
   const AttentionConfig window = resolve({.kind = AttentionKind::kWindow}, nullptr, nullptr);
   EXPECT_EQ(describe(window), "window window 1020 sinks 4 far-distance 1024");
   EXPECT_EQ(describe(resolve({.kind = AttentionKind::kDense}, nullptr, nullptr)), "dense");
