@@ -17,7 +17,7 @@
 namespace sparsek::model {
 namespace {
 
-constexpr int64_t kLossRows = 64;  // rows of logits that exist at a time while losses are computed
+constexpr int64_t kLossRows = 128;  // rows of logits that exist at a time while losses are computed
 
 // Buffers of one chunk, reused by every layer.
 struct Workspace {

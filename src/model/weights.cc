@@ -95,8 +95,9 @@ at::Tensor load_vector(const Checkpoint& checkpoint, const WeightView& view, Row
   return vector;
 }
 
-ops::PackedLinear load_stack(const Checkpoint& checkpoint, const Stack& stack, int64_t layer, Notices& notices) {
-  ops::PackedLinear packed = ops::empty_packed(stack.type, stack.out_features, stack.in_features);
+ops::PackedLinear load_stack(const Checkpoint& checkpoint, const Stack& stack, int64_t layer, ops::PackedArena& arena,
+                             Notices& notices) {
+  ops::PackedLinear packed = arena.take(stack.type, stack.out_features, stack.in_features);
   if (stack.has_bias) packed.bias = at::empty({stack.out_features}, at::kFloat);
   int64_t row = 0;
   for (const Part& part : stack.parts) {
@@ -136,9 +137,18 @@ LayerStacks layer_stacks(const Checkpoint& checkpoint, int64_t layer, at::Scalar
           stack({{WeightId::kDown, WeightId::kDown}}, false)};
 }
 
-int64_t stack_bytes(const Stack& stack) {
-  return ops::packed_size_bytes(stack.type, stack.out_features, stack.in_features) +
-         (stack.has_bias ? stack.out_features * 4 : 0);
+// Of the arena that all packed matrices are taken from.
+int64_t arena_bytes(const Checkpoint& checkpoint, at::ScalarType dtype) {
+  const auto bytes = [](const Stack& stack) {
+    return ops::PackedArena::size_in_bytes(stack.type, stack.out_features, stack.in_features);
+  };
+  int64_t sum = bytes(embedding_stack(checkpoint, WeightId::kEmbedding, dtype));
+  if (!checkpoint.config().tied_embeddings) sum += bytes(embedding_stack(checkpoint, WeightId::kOutput, dtype));
+  for (int64_t layer = 0; layer < checkpoint.config().num_layers; ++layer) {
+    const LayerStacks stacks = layer_stacks(checkpoint, layer, dtype);
+    sum += bytes(stacks.qkv) + bytes(stacks.attention_output) + bytes(stacks.gate_up) + bytes(stacks.down);
+  }
+  return sum;
 }
 
 // Offsets of the half-precision scales in a block, ended by -1.
@@ -211,40 +221,40 @@ void check_finite(const WeightView& view, const std::string& source) {
 
 int64_t planned_weight_bytes(const Checkpoint& checkpoint, at::ScalarType dtype) {
   const ModelConfig& config = checkpoint.config();
-  int64_t sum = stack_bytes(embedding_stack(checkpoint, WeightId::kEmbedding, dtype)) + config.dim * 4;
-  if (!config.tied_embeddings) sum += stack_bytes(embedding_stack(checkpoint, WeightId::kOutput, dtype));
-  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-    const LayerStacks stacks = layer_stacks(checkpoint, layer, dtype);
-    sum += stack_bytes(stacks.qkv) + stack_bytes(stacks.attention_output) + stack_bytes(stacks.gate_up) +
-           stack_bytes(stacks.down) + 2 * config.dim * 4 + (config.qk_norm ? 2 * config.head_dim * 4 : 0);
-  }
-  return sum;
+  const int64_t vectors =
+      (2 * config.num_layers + 1) * config.dim +
+      config.num_layers * ((config.qkv_bias ? config.q_dim() + 2 * config.kv_dim() : 0) +
+                           (config.output_bias ? config.dim : 0) + (config.qk_norm ? 2 * config.head_dim : 0));
+  return arena_bytes(checkpoint, dtype) + vectors * 4;
 }
 
 Weights load_weights(const Checkpoint& checkpoint, at::ScalarType dtype) {
   const ModelConfig& config = checkpoint.config();
   Weights weights;
   Notices notices;
+  ops::PackedArena arena(arena_bytes(checkpoint, dtype));
   const auto vector = [&](WeightId id, int64_t layer) {
     const std::optional<WeightView> view = checkpoint.find(id, layer);
     return view ? load_vector(checkpoint, *view) : at::Tensor();
   };
-  weights.embedding = load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kEmbedding, dtype), 0, notices);
-  weights.output = config.tied_embeddings
-                       ? weights.embedding
-                       : load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kOutput, dtype), 0, notices);
+  weights.embedding =
+      load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kEmbedding, dtype), 0, arena, notices);
+  weights.output =
+      config.tied_embeddings
+          ? weights.embedding
+          : load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kOutput, dtype), 0, arena, notices);
   weights.final_norm = vector(WeightId::kFinalNorm, 0);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const LayerStacks stacks = layer_stacks(checkpoint, i, dtype);
     LayerWeights layer;
     layer.attention_norm = vector(WeightId::kAttentionNorm, i);
-    layer.qkv = load_stack(checkpoint, stacks.qkv, i, notices);
+    layer.qkv = load_stack(checkpoint, stacks.qkv, i, arena, notices);
     layer.query_norm = vector(WeightId::kQueryNorm, i);
     layer.key_norm = vector(WeightId::kKeyNorm, i);
-    layer.attention_output = load_stack(checkpoint, stacks.attention_output, i, notices);
+    layer.attention_output = load_stack(checkpoint, stacks.attention_output, i, arena, notices);
     layer.ffn_norm = vector(WeightId::kFfnNorm, i);
-    layer.gate_up = load_stack(checkpoint, stacks.gate_up, i, notices);
-    layer.down = load_stack(checkpoint, stacks.down, i, notices);
+    layer.gate_up = load_stack(checkpoint, stacks.gate_up, i, arena, notices);
+    layer.down = load_stack(checkpoint, stacks.down, i, arena, notices);
     weights.layers.push_back(std::move(layer));
   }
   for (const auto& [what, count] : notices)

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <sys/mman.h>
 
 #include <limits>
 
@@ -12,6 +13,8 @@
 
 namespace sparsek::ops {
 namespace {
+
+constexpr uintptr_t kLargePageBytes = uintptr_t{2} << 20;
 
 void check_device(const Tensor& x, const char* what) {
   TORCH_CHECK(x.device().is_cpu(), what, ": expected a CPU tensor, got one on ", x.device());
@@ -103,13 +106,31 @@ int64_t packed_size_bytes(WeightType type, int64_t out_features, int64_t in_feat
 }
 
 PackedLinear empty_packed(WeightType type, int64_t out_features, int64_t in_features) {
+  return PackedArena(PackedArena::size_in_bytes(type, out_features, in_features)).take(type, out_features, in_features);
+}
+
+PackedArena::PackedArena(int64_t size_bytes) : bytes_(at::empty({size_bytes}, at::kByte)) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(bytes_.mutable_data_ptr()), end = begin + size_bytes;
+  TORCH_CHECK(begin % cpu::kPackAlignment == 0, "torch's allocator aligns to less than ", cpu::kPackAlignment,
+              " bytes");
+  const uintptr_t first = (begin + kLargePageBytes - 1) / kLargePageBytes * kLargePageBytes;
+  const uintptr_t last = end / kLargePageBytes * kLargePageBytes;
+  // Advice: where the system has no large pages, nothing is lost.
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+int64_t PackedArena::size_in_bytes(WeightType type, int64_t out_features, int64_t in_features) {
+  const int64_t size = packed_size_bytes(type, out_features, in_features);
+  return (size + cpu::kPackAlignment - 1) / cpu::kPackAlignment * cpu::kPackAlignment;
+}
+
+PackedLinear PackedArena::take(WeightType type, int64_t out_features, int64_t in_features) {
   TORCH_CHECK(can_pack(type), "weights of type ", name(type), " cannot be packed");
   TORCH_CHECK(in_features % layout(type).block_elements == 0, name(type), " needs rows of a multiple of ",
               layout(type).block_elements, " values, got ", in_features);
   PackedLinear weight{type, out_features, in_features, {}, {}};
-  weight.data = at::empty({packed_size_bytes(type, out_features, in_features)}, at::kByte);
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(weight.data.const_data_ptr()) % cpu::kPackAlignment == 0,
-              "torch's allocator aligns to less than ", cpu::kPackAlignment, " bytes");
+  weight.data = bytes_.narrow(0, used_bytes_, packed_size_bytes(type, out_features, in_features));
+  used_bytes_ += size_in_bytes(type, out_features, in_features);
   return weight;
 }
 
