@@ -39,7 +39,6 @@ using ScoreOf = std::conditional_t<sizeof(T) == 8, double, float>;
 template <class T>
 struct Case {
   explicit Case(const CaseOptions& options_) : options(options_), spec(options_.spec) {
-    spec.softmax_scale = static_cast<float>(spec.softmax_scale);  // what the kernels are given
     spec.precision = sizeof(T) == 8 ? reference::Precision::kFloat64 : reference::Precision::kFloat32;
     const int64_t q_size = spec.batch * spec.seqlen * spec.num_heads * spec.head_dim;
     const int64_t k_size = spec.batch * spec.seqlen * spec.num_kv_heads * spec.head_dim;
@@ -150,7 +149,7 @@ struct Rows {
     p.num_kv_heads = static_cast<int32_t>(spec.num_kv_heads);
     p.head_dim = static_cast<int32_t>(spec.head_dim);
     p.gate = spec.gate;
-    p.softmax_scale = static_cast<float>(spec.softmax_scale);
+    p.softmax_scale = spec.softmax_scale;
     return p;
   }
 

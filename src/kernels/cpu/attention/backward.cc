@@ -39,12 +39,12 @@ void add_run(const AttentionFwdParams& f, int32_t batch, int32_t kv_head, const 
   const int64_t lane = static_cast<int64_t>(batch) * f.num_kv_heads + kv_head;
   for (int32_t row = run.first_band_row; row < run.end_band_row; ++row) {
     const int64_t from = static_cast<int64_t>(row - run.first_panel_row) * run.padded_dim, to = first + row * row_size;
-    add(sums.dk + to, run.band_dk + from, f.softmax_scale, f.head_dim);
+    add(sums.dk + to, run.band_dk + from, static_cast<float>(f.softmax_scale), f.head_dim);
     add(sums.dv + to, run.band_dv + from, 1.0f, f.head_dim);
   }
   for (int32_t n = 0; n < run.num_far; ++n) {
     const int64_t from = static_cast<int64_t>(n) * run.padded_dim, to = first + run.far_row[n] * row_size;
-    add(sums.dk_far + to, run.far_dk + from, f.softmax_scale, f.head_dim);
+    add(sums.dk_far + to, run.far_dk + from, static_cast<float>(f.softmax_scale), f.head_dim);
     add(sums.dv + to, run.far_dv + from, 1.0f, f.head_dim);
     sums.row_h[lane * f.seqlen_k + run.far_row[n]] += run.far_h[n];
   }
@@ -162,12 +162,11 @@ void attention_backward(const AttentionBwdParams& params) {
     if (f.k_far) round_to(params.dk_far, sums.dk_far, key_size);
   }
   const int64_t num_score_rows = static_cast<int64_t>(params.num_pool_rows) + f.seqlen_k;
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  parallel_for(lanes, [&](int64_t lane) {
     score_gradient(params.num_pool_rows, f.seqlen_k, f.seqlen_q, params.frac_begin + lane * num_score_rows,
                    params.frac_end + lane * num_score_rows, h_sums.data() + lane * f.seqlen_q,
                    row_h.data() + lane * f.seqlen_k, static_cast<float*>(params.dscores) + lane * num_score_rows);
-  }
+  });
 }
 
 }  // namespace sparsek::cpu

@@ -185,7 +185,7 @@ void tile_blocks(const AttentionBwdParams& p, const Scratch<T>& s, const Keys<T>
                  int queries) {
   const int head_dim = p.fwd.head_dim, padded_dim = padded(head_dim), rows = queries * s.group_heads;
   const int depth = (rows + kStep<T> - 1) / kStep<T> * kStep<T>;  // rows as steps of a sum
-  const float alpha = static_cast<float>(static_cast<double>(p.fwd.softmax_scale) * 1.4426950408889634);
+  const float alpha = static_cast<float>(p.fwd.softmax_scale * 1.4426950408889634);
   // Where element (key, row) of P and dS lies, for the sums over rows.
   const int64_t key_stride = kStep<T>, row_stride = kStep<T> * kBlockKeys;
   for (int first = 0, count; first < keys.num_panels; first += count) {
@@ -337,8 +337,10 @@ void run(const AttentionBwdParams& p, const RunPlan& plan, char* memory, const R
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r / s.group_heads, head = first_head + r % s.group_heads;
       const int64_t to = ((static_cast<int64_t>(b) * f.seqlen_q + i) * f.num_heads + head) * f.head_dim;
-      write_row(static_cast<T*>(p.dq) + to, s.dq + r * padded_dim, f.softmax_scale, f.head_dim);
-      if (f.q_far) write_row(static_cast<T*>(p.dq_far) + to, s.dq_far + r * padded_dim, f.softmax_scale, f.head_dim);
+      write_row(static_cast<T*>(p.dq) + to, s.dq + r * padded_dim, static_cast<float>(f.softmax_scale), f.head_dim);
+      if (f.q_far)
+        write_row(static_cast<T*>(p.dq_far) + to, s.dq_far + r * padded_dim, static_cast<float>(f.softmax_scale),
+                  f.head_dim);
       if (r % s.group_heads == 0) h_sums[i] = 0;
       h_sums[i] += static_cast<double>(reduce_add(load(s.h_rows + r * kLanes)));
     }

@@ -119,7 +119,7 @@ template <class T>
 void tile_blocks(const AttentionFwdParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, bool running_maximum,
                  RowPrefetch<T>* prefetch) {
   const int head_dim = p.head_dim, padded_dim = padded(head_dim), group_heads = s.group_heads;
-  const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
+  const float alpha = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   for (int r = 0; r < rows; ++r) s.row_max[r] = kNothing;
   std::memset(s.row_sum, 0, static_cast<size_t>(rows) * kLanes * sizeof(float));
   std::memset(s.out, 0, static_cast<size_t>(rows) * padded_dim * sizeof(float));

@@ -1,5 +1,7 @@
 // Rows of a strided tensor into the panel layouts of tile.h. Included by *.simd.cc files only.
 #pragma once
+#include <utility>
+
 #include "kernels/cpu/attention/tile.h"
 
 namespace sparsek::cpu::SPARSEK_ISA {
@@ -23,20 +25,14 @@ SPARSEK_INLINE void pack_row(BFloat16* panel, int n, const BFloat16* row, int he
 
 // Exchanges, between rows i and i + kDistance, the blocks of kDistance lanes that a transposition moves; doing it for
 // every power of two below kLanes transposes the square.
-template <int kDistance>
-SPARSEK_INLINE void transpose_step(VecU (&rows)[kLanes]) {
-  VecU upper, lower;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const bool high = lane & kDistance;
-    upper[lane] = static_cast<uint32_t>(high ? kLanes + lane - kDistance : lane);
-    lower[lane] = static_cast<uint32_t>(high ? kLanes + lane : lane + kDistance);
-  }
+template <int kDistance, int... kLane>
+SPARSEK_INLINE void transpose_step(VecU (&rows)[kLanes], std::integer_sequence<int, kLane...>) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & kDistance) continue;
     const VecU a = rows[i], b = rows[i + kDistance];
-    rows[i] = __builtin_shuffle(a, b, upper);
-    rows[i + kDistance] = __builtin_shuffle(a, b, lower);
+    rows[i] = __builtin_shufflevector(a, b, (kLane & kDistance ? kLanes + kLane - kDistance : kLane)...);
+    rows[i + kDistance] = __builtin_shufflevector(a, b, (kLane & kDistance ? kLanes + kLane : kLane + kDistance)...);
   }
 }
 
@@ -45,10 +41,11 @@ SPARSEK_INLINE void transpose_square(const char* from, int64_t stride_bytes, cha
   VecU rows[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) std::memcpy(&rows[i], from + i * stride_bytes, sizeof(VecU));
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  if constexpr (kLanes >= 8) transpose_step<4>(rows);
-  if constexpr (kLanes >= 16) transpose_step<8>(rows);
+  const auto lanes = std::make_integer_sequence<int, kLanes>{};
+  transpose_step<1>(rows, lanes);
+  transpose_step<2>(rows, lanes);
+  if constexpr (kLanes >= 8) transpose_step<4>(rows, lanes);
+  if constexpr (kLanes >= 16) transpose_step<8>(rows, lanes);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * to_stride_bytes, &rows[i], sizeof(VecU));
 }

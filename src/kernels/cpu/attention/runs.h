@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/attention/arena.h"
 #include "kernels/cpu/attention/plan.h"
+#include "kernels/cpu/parallel.h"
 
 namespace sparsek::cpu {
 
@@ -54,6 +55,7 @@ template <class Params, class Body>
 void for_each_run(const Params& p, int32_t tile, int32_t run_length, const Body& body) {
   const int64_t runs = (p.seqlen_q + run_length - 1) / run_length;
   const int64_t items = static_cast<int64_t>(p.batch) * p.num_kv_heads * runs;
+  FirstError error;
 #pragma omp parallel
   {
     // Kept for the next call: a model calls once a layer and chunk, and fresh pages cost more than planning does.
@@ -64,9 +66,11 @@ void for_each_run(const Params& p, int32_t tile, int32_t run_length, const Body&
       const auto lane = static_cast<int32_t>(n / runs), first = static_cast<int32_t>(n % runs) * run_length;
       const int32_t batch = lane / p.num_kv_heads, kv_head = lane % p.num_kv_heads;
       const int32_t end = first + run_length < p.seqlen_q ? first + run_length : p.seqlen_q;
-      body(planner.plan(run_shape(p, batch, kv_head), batch, kv_head, first, end, tile), &scratch, n);
+      error.guard(
+          [&] { body(planner.plan(run_shape(p, batch, kv_head), batch, kv_head, first, end, tile), &scratch, n); });
     }
   }
+  error.rethrow();
 }
 
 }  // namespace sparsek::cpu

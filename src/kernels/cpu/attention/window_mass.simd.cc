@@ -110,7 +110,7 @@ SPARSEK_INLINE void row_of_block(const Keys<T>& keys, const Block& block, const 
 template <class T>
 void tile_blocks(const WindowMassParams& p, const Scratch<T>& s, const Keys<T>& keys, int rows, int first_new_panel,
                  bool running_maximum, RowPrefetch<T>* prefetch) {
-  const float alpha = static_cast<float>(static_cast<double>(p.softmax_scale) * 1.4426950408889634);
+  const float alpha = static_cast<float>(p.softmax_scale * 1.4426950408889634);
   const int64_t kept_stride = static_cast<int64_t>(s.max_rows) * kPanelKeys;
   for (int r = 0; r < rows; ++r) s.row_shift[r] = kNothing;
   std::memset(s.row_sum, 0, static_cast<size_t>(rows) * kLanes * sizeof(float));
