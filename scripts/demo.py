@@ -13,7 +13,6 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "build/release/sparsek"
 BYTES_PER_TOKEN = 3.9  # of this text with SmolLM2's tokenizer; the table states the exact number of tokens
-ROWS = [(0, 2048), (2048, 4096), (4096, 8192), (8192, 16384), (16384, 32768), (32768, 65536), (65536, 131072)]
 WAYS = [
     ("sparsek", ["--attention", "sparsek"]),
     ("window + sinks", ["--attention", "window"]),
@@ -41,9 +40,17 @@ def loss_between(result, begin, end):
     return sum(width * loss for width, loss in parts) / covered if covered else None
 
 
+def rows(length):
+    """[0, 2K), [2K, 4K), [4K, 8K), then doubling."""
+    begin, end = 0, 2048
+    while begin < length:
+        yield begin, end
+        begin, end = end, 2 * end
+
+
 def table(results):
     print(f"\n{'loss (nats per token) at':<26}" + "".join(f"{name:>18}" for name, _ in WAYS))
-    for begin, end in ROWS:
+    for begin, end in rows(max(result["tokens"] for result in results)):
         cells = [loss_between(result, begin, end) for result in results]
         if any(cell is not None for cell in cells):
             row = "".join(f"{'-' if cell is None else format(cell, '.3f'):>18}" for cell in cells)

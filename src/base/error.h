@@ -1,4 +1,4 @@
-// The two errors a user can cause. Everything else is a bug and shows as an assertion or a plain std::exception.
+// The errors a user can cause. Everything else is a bug and shows as an assertion or a plain std::exception.
 #pragma once
 #include <fmt/format.h>
 
@@ -16,6 +16,12 @@ class UsageError : public std::runtime_error {
 
 // A file, model or text that cannot be used: the program exits with 1.
 class DataError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A signal came while waiting for input: the program exits with 130.
+class Interrupted : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };

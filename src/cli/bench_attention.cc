@@ -17,6 +17,7 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/source.h"
 #include "kernels/cpu/simd/dispatch.h"
 #include "ops/ops.h"
@@ -90,6 +91,12 @@ int run_bench_attention(const BenchAttentionConfig& config) {
     throw_usage("--heads: wanted a positive multiple of --kv-heads ({}), found {}", config.num_kv_heads,
                 config.num_heads);
   }
+  if (config.topk < 1) throw_usage("--topk: wanted 1 or more, found {}", config.topk);
+  if (config.window_size < 1) throw_usage("--window: wanted 1 or more, found {}", config.window_size);
+  if (config.num_sinks < 0) throw_usage("--sinks: wanted 0 or more, found {}", config.num_sinks);
+  if (config.head_dim < 8 || config.head_dim > 256 || config.head_dim % 8 != 0) {
+    throw_usage("--head-dim: wanted a multiple of 8 up to 256, found {}", config.head_dim);
+  }
   set_threads(config.threads);
   const at::ScalarType dtype = parse_dtype(config.dtype);
   const c10::AutoGradMode grad(config.backward);
@@ -155,7 +162,7 @@ int run_bench_attention(const BenchAttentionConfig& config) {
                                         {"threads", omp_get_max_threads()},
                                         {"isa", cpu::name(cpu::active_isa())},
                                         {"results", results}};
-    fmt::print("{}\n", object.dump(2));
+    print_json(object, 2);
   }
   return 0;
 }

@@ -1,5 +1,4 @@
 // sparsek bench model: reading and decoding speed of a model behind contexts of several lengths, on random tokens.
-#include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
 #include <omp.h>
@@ -12,8 +11,10 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
+#include "model/token_ids.h"
 
 namespace sparsek::cli {
 namespace {
@@ -21,10 +22,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-at::Tensor as_tensor(std::vector<int32_t>& ids) {
-  return at::from_blob(ids.data(), {static_cast<int64_t>(ids.size())}, at::TensorOptions().dtype(at::kInt));
 }
 
 }  // namespace
@@ -48,8 +45,8 @@ int run_bench_model(const BenchModelConfig& config) {
     const auto read_start = Clock::now();
     at::Tensor hidden;
     for (int64_t done = 0; done < context;) {
-      std::vector<int32_t> ids = random_ids(std::min(config.model.chunk_size, context - done));
-      hidden = model.forward(as_tensor(ids), state);
+      const std::vector<int32_t> ids = random_ids(std::min(config.model.chunk_size, context - done));
+      hidden = model.forward(model::as_tensor(ids), state);
       done += static_cast<int64_t>(ids.size());
       progress.update(done);
       if (interrupted()) return kInterruptedExitCode;
@@ -58,8 +55,9 @@ int run_bench_model(const BenchModelConfig& config) {
     const double read_rate = static_cast<double>(context) / seconds_since(read_start);
     const auto decode_start = Clock::now();
     for (int64_t i = 0; i < config.decode_tokens; ++i) {
-      std::vector<int32_t> id = random_ids(1);
-      model.logits(model.forward(as_tensor(id), state));
+      if (interrupted()) return kInterruptedExitCode;
+      const std::vector<int32_t> id = random_ids(1);
+      model.logits(model.forward(model::as_tensor(id), state));
     }
     const double decode_rate = static_cast<double>(config.decode_tokens) / seconds_since(decode_start);
     if (!config.json) {
@@ -79,7 +77,7 @@ int run_bench_model(const BenchModelConfig& config) {
                                         {"threads", omp_get_max_threads()},
                                         {"peak_rss_bytes", peak_rss_bytes()},
                                         {"results", results}};
-    fmt::print("{}\n", object.dump(2));
+    print_json(object, 2);
   }
   return 0;
 }

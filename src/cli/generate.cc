@@ -11,6 +11,7 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
 #include "data/chat_template.h"
@@ -56,7 +57,7 @@ int run_generate(const GenerateConfig& config) {
   const auto [before, after] =
       config.chat ? chat_frame(tokenizer, path, config.system) : std::pair<std::string, std::string>{};
   std::optional<FileTokens> document;
-  if (!config.file.empty()) document.emplace(tokenizer, config.file, /*with_prefix=*/false);
+  if (!config.file.empty()) document.emplace(tokenizer, config.file);
   Sampler sampler(config.sampling);
   StopMatcher stop(config.stop);
   const model::Transformer model = open_model(config.model, path);
@@ -124,7 +125,7 @@ int run_generate(const GenerateConfig& config) {
                                         {"state_bytes", state.size_in_bytes()},
                                         {"peak_rss_bytes", peak_rss_bytes()},
                                         {"attention", describe(model.attention())}};
-    fmt::print("{}\n", object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+    print_json(object);
   } else {
     write_out("\n");
     fmt::print(stderr, "read {} tokens at {:.0f}/s, wrote {} at {:.0f}/s ({}); state {}, peak memory {}\n",

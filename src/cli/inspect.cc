@@ -7,10 +7,13 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
+#include "data/quote.h"
+#include "model/adapter.h"
 
 namespace sparsek::cli {
 namespace {
@@ -46,7 +49,13 @@ int run_inspect(const InspectConfig& config) {
   const model::ModelConfig model = model::read_model_config(path);
   const auto types = count_types(path);
   const at::ScalarType dtype = parse_dtype(config.model.dtype);
-  const model::AttentionConfig attention = model::resolve(config.model.attention, nullptr, nullptr);
+  std::vector<std::string> notices;
+  model::AttentionConfig attention = model::resolve(config.model.attention, nullptr, nullptr);
+  if (!attention.adapter_path.empty()) {
+    const model::Adapter adapter = model::load_adapter(attention.adapter_path, model);
+    attention = model::resolve(config.model.attention, &adapter.attention, &notices);
+  }
+  for (const std::string& notice : notices) fmt::print(stderr, "sparsek: {}\n", notice);
   model::AttentionRequest dense_request;
   dense_request.kind = model::AttentionKind::kDense;
   const model::AttentionConfig dense = model::resolve(dense_request, nullptr, nullptr);
@@ -76,13 +85,13 @@ int run_inspect(const InspectConfig& config) {
                                         {"tensor_types", tensor_types},
                                         {"attention", describe(attention)},
                                         {"memory_plan", plan}};
-    fmt::print("{}\n", object.dump(2));
+    print_json(object, 2);
     return 0;
   }
 
   fmt::print("{}\n", path);
   fmt::print("architecture  {}{}\n", name(model.architecture),
-             model.model_name.empty() ? "" : fmt::format(" ({})", model.model_name));
+             model.model_name.empty() ? "" : fmt::format(" ({})", in_quotes(model.model_name)));
   fmt::print("shape         {} layers, width {}, MLP {}, {} heads over {} KV heads of {}, vocabulary {}\n",
              model.num_layers, model.dim, model.ffn_dim, model.num_heads, model.num_kv_heads, model.head_dim,
              with_separators(model.vocab_size));

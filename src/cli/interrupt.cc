@@ -7,16 +7,18 @@ namespace {
 
 volatile std::sig_atomic_t interrupt_seen = 0;
 
-void on_signal(int signal) {
+void on_signal(int) {
   interrupt_seen = 1;
-  std::signal(signal, SIG_DFL);
 }
 
 }  // namespace
 
 void install_interrupt_handler() {
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
+  struct sigaction action{};
+  action.sa_handler = on_signal;
+  action.sa_flags = static_cast<int>(SA_RESETHAND);  // the second one ends the program; no SA_RESTART: reads return
+  ::sigaction(SIGINT, &action, nullptr);
+  ::sigaction(SIGTERM, &action, nullptr);
 }
 
 bool interrupted() {

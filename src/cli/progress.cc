@@ -1,6 +1,7 @@
 #include "cli/progress.h"
 
 #include <fmt/format.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -52,6 +53,10 @@ void Progress::update(int64_t done) {
   if (total_ && rate > 0 && done < *total_) {
     const auto left = static_cast<int64_t>(static_cast<double>(*total_ - done) / rate);
     line += fmt::format("  {}:{:02}:{:02} left", left / 3600, left / 60 % 60, left % 60);
+  }
+  winsize window{};
+  if (::ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1 && line.size() >= window.ws_col) {
+    line.resize(window.ws_col - 1U);  // a wrapped line could not be redrawn
   }
   std::fprintf(stderr, "\r\033[K%s", line.c_str());
   std::fflush(stderr);

@@ -25,7 +25,10 @@ at::ScalarType parse_dtype(const std::string& text) {
 }
 
 void set_threads(int threads) {
-  if (threads < 0) throw_usage("--threads: wanted 0 (one a core) or more, found {}", threads);
+  static constexpr int kMaxThreads = 1024;
+  if (threads < 0 || threads > kMaxThreads) {
+    throw_usage("--threads: wanted 0 (one a core) to {}, found {}", kMaxThreads, threads);
+  }
   const int count = threads == 0 ? omp_get_num_procs() : threads;
   omp_set_num_threads(count);
   at::set_num_threads(count);
@@ -44,10 +47,8 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
   return model;
 }
 
-FileTokens::FileTokens(const Tokenizer& tokenizer, const std::string& path, bool with_prefix)
-    : reader_(path), encoder_(tokenizer, SpecialTokens::kAsText) {
-  if (with_prefix) ready_ = tokenizer.prefix();
-}
+FileTokens::FileTokens(const Tokenizer& tokenizer, const std::string& path)
+    : reader_(path), encoder_(tokenizer, SpecialTokens::kAsText) {}
 
 void FileTokens::read(int64_t wanted, std::vector<int32_t>& ids) {
   while (wanted > 0) {
@@ -76,7 +77,8 @@ void FileTokens::read(int64_t wanted, std::vector<int32_t>& ids) {
 std::optional<int64_t> FileTokens::estimated_total() const {
   const auto encoded = static_cast<int64_t>(ready_.size() - next_) + given_;
   if (!reader_.size_bytes() || reader_.bytes_read() == 0) return std::nullopt;
-  return encoded * *reader_.size_bytes() / reader_.bytes_read();
+  const double ratio = static_cast<double>(*reader_.size_bytes()) / static_cast<double>(reader_.bytes_read());
+  return static_cast<int64_t>(static_cast<double>(encoded) * ratio);
 }
 
 }  // namespace sparsek::cli

@@ -19,10 +19,10 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
 at::ScalarType parse_dtype(const std::string& text);
 void set_threads(int threads);
 
-// The tokens of a text file as one document, read and encoded as they are asked for.
+// The tokens of a text file, read and encoded as they are asked for.
 class FileTokens {
  public:
-  FileTokens(const Tokenizer& tokenizer, const std::string& path, bool with_prefix);
+  FileTokens(const Tokenizer& tokenizer, const std::string& path);
   // Appends up to `wanted` ids; appends nothing at the end.
   void read(int64_t wanted, std::vector<int32_t>& ids);
   // Tokens of the whole file, extrapolated from what was read; nothing for streams.

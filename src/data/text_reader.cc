@@ -33,10 +33,8 @@ TextReader::~TextReader() {
 }
 
 std::string_view TextReader::next() {
-  ssize_t count = 0;
-  do {
-    count = ::read(fd_, buffer_.data(), buffer_.size());
-  } while (count < 0 && errno == EINTR);
+  const ssize_t count = ::read(fd_, buffer_.data(), buffer_.size());
+  if (count < 0 && errno == EINTR) throw Interrupted(path_ + ": interrupted while reading");
   if (count < 0) throw_data("{}: cannot read after {} bytes: {}", path_, bytes_read_, std::strerror(errno));
   bytes_read_ += count;
   return {buffer_.data(), static_cast<size_t>(count)};

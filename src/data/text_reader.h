@@ -17,6 +17,7 @@ class TextReader {
   TextReader(const TextReader&) = delete;
   TextReader& operator=(const TextReader&) = delete;
 
+  // Throws Interrupted when a signal whose handler does not restart system calls comes while it waits.
   std::string_view next();  // the next chunk, valid until the next call; empty at the end of the text
   std::optional<int64_t> size_bytes() const { return size_bytes_; }  // known for regular files only
   int64_t bytes_read() const { return bytes_read_; }

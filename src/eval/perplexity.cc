@@ -1,19 +1,15 @@
 #include "eval/perplexity.h"
 
-#include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
+#include <cmath>
+#include <span>
+
+#include "base/error.h"
+#include "model/token_ids.h"
 
 namespace sparsek::eval {
-namespace {
-
-at::Tensor as_tensor(std::vector<int32_t>& ids, size_t begin, size_t count) {
-  return at::from_blob(ids.data() + begin, {static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kInt));
-}
-
-}  // namespace
-
 PerplexityResult perplexity(const model::Transformer& model, const TokenSource& source, int64_t chunk_size,
                             const std::function<bool(int64_t)>& on_progress) {
   const c10::InferenceMode inference;
@@ -28,12 +24,18 @@ PerplexityResult perplexity(const model::Transformer& model, const TokenSource& 
   source(chunk_size + 1, ids);
   while (!ids.empty()) {
     const size_t rows = std::min(ids.size(), chunk);
-    const at::Tensor hidden = model.forward(as_tensor(ids, 0, rows), state);
+    const at::Tensor hidden = model.forward(model::as_tensor(std::span(ids).first(rows)), state);
     const size_t targets = ids.size() > rows ? rows : rows - 1;
     if (targets > 0) {
-      const std::vector<double> losses =
-          model.losses(hidden.slice(0, 0, static_cast<int64_t>(targets)), as_tensor(ids, 1, targets));
-      for (size_t i = 0; i < targets; ++i) result.loss.add(result.tokens + 1 + static_cast<int64_t>(i), losses[i]);
+      const std::vector<double> losses = model.losses(hidden.slice(0, 0, static_cast<int64_t>(targets)),
+                                                      model::as_tensor(std::span(ids).subspan(1, targets)));
+      for (size_t i = 0; i < targets; ++i) {
+        const int64_t position = result.tokens + 1 + static_cast<int64_t>(i);
+        if (!std::isfinite(losses[i])) {
+          throw_data("the loss of token {} is not a finite number: the model's weights are damaged", position);
+        }
+        result.loss.add(position, losses[i]);
+      }
     }
     result.tokens += static_cast<int64_t>(rows);
     ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(rows));

@@ -1,19 +1,14 @@
 #include "infer/generate.h"
 
-#include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
 #include "base/error.h"
+#include "model/token_ids.h"
 
 namespace sparsek {
 namespace {
-
-at::Tensor as_tensor(std::span<const int32_t> ids) {
-  return at::from_blob(const_cast<int32_t*>(ids.data()), {static_cast<int64_t>(ids.size())},
-                       at::TensorOptions().dtype(at::kInt));
-}
 
 std::vector<float> to_vector(const at::Tensor& logits) {
   const float* data = logits.const_data_ptr<float>();
@@ -37,7 +32,7 @@ void Prompt::push(std::span<const int32_t> ids) {
 
 void Prompt::compute() {
   const c10::InferenceMode inference;
-  const at::Tensor hidden = model_.forward(as_tensor(pending_), state_);
+  const at::Tensor hidden = model_.forward(model::as_tensor(pending_), state_);
   last_hidden_ = hidden.slice(0, hidden.size(0) - 1).clone();  // a clone, or all of the chunk would stay alive
   pending_.clear();
 }
@@ -59,7 +54,7 @@ int64_t generate(const model::Transformer& model, model::DecodeState& state, Sam
     sampler.observe(token);
     if (!on_token(token)) return generated + 1;
     if (generated + 1 == max_tokens) return max_tokens;  // nothing will be sampled after it
-    const at::Tensor hidden = model.forward(as_tensor(std::span(&token, 1)), state);
+    const at::Tensor hidden = model.forward(model::as_tensor({&token, 1}), state);
     logits = to_vector(model.logits(hidden));
   }
   return std::max<int64_t>(max_tokens, 0);
