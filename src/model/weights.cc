@@ -52,6 +52,23 @@ struct RowOrder {
   }
 };
 
+// Q4_0 blocks, d (q - 8), as Q4_1 blocks, d q + m with m = -8 d: exact, as doubling a half is. False when m overflows.
+bool q4_0_to_q4_1(const uint8_t* blocks, int64_t num_blocks, uint8_t* out) {
+  bool fits = true;
+  for (int64_t b = 0; b < num_blocks; ++b, blocks += 18, out += 20) {
+    uint16_t scale = 0;
+    std::memcpy(&scale, blocks, 2);
+    uint16_t minimum = scale & 0x7fffu;
+    for (int doubling = 0; doubling < 3; ++doubling) minimum += minimum < 0x0400u ? minimum : 0x0400u;
+    fits = fits && minimum < 0x7c00u;
+    minimum |= ~scale & 0x8000u;
+    std::memcpy(out, &scale, 2);
+    std::memcpy(out + 2, &minimum, 2);
+    std::memcpy(out + 4, blocks + 2, 16);
+  }
+  return fits;
+}
+
 void pack_part(const Checkpoint& checkpoint, const WeightView& view, RowOrder order, int64_t row_offset,
                ops::PackedLinear& packed) {
   const int64_t rows = view.shape[0], columns = view.shape[1];
@@ -65,7 +82,13 @@ void pack_part(const Checkpoint& checkpoint, const WeightView& view, RowOrder or
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t count = std::min(step, rows - first);
     const uint8_t* blocks = view.bytes.data() + first * row_bytes;
-    if (!as_it_is) {
+    if (view.type == WeightType::kQ4_0 && packed.type == WeightType::kQ4_1) {
+      if (!q4_0_to_q4_1(blocks, count * columns / target.block_elements, encoded.data())) {
+        throw_data("{}: tensor {} holds values beyond 65504; the file is damaged or was converted wrongly",
+                   checkpoint.path(), view.name);
+      }
+      blocks = encoded.data();
+    } else if (!as_it_is) {
       float* plain = packed.type == WeightType::kF32 ? reinterpret_cast<float*>(encoded.data()) : values.data();
       dequantise(view.type, blocks, count * columns, plain);
       if (packed.type == WeightType::kQ8_0) quantise_q8_0(plain, count * columns, encoded.data());
@@ -104,8 +127,8 @@ ops::PackedLinear load_stack(const Checkpoint& checkpoint, const Stack& stack, i
     const WeightView view = checkpoint.weight(part.weight, layer);
     const RowOrder order{checkpoint.has_interleaved_rotary(part.weight) ? checkpoint.config().head_dim : 0};
     check_finite(view, checkpoint.path());
-    if (view.type != stack.type)
-      ++notices[fmt::format("{} as {}", sparsek::name(view.type), sparsek::name(stack.type))];
+    const bool is_exact = view.type == stack.type || stack.type == WeightType::kQ4_1;
+    if (!is_exact) ++notices[fmt::format("{} as {}", sparsek::name(view.type), sparsek::name(stack.type))];
     pack_part(checkpoint, view, order, row, packed);
     if (stack.has_bias) {
       packed.bias.narrow(0, row, view.shape[0])
@@ -194,6 +217,8 @@ int64_t Weights::size_in_bytes() const {
 WeightType packed_type(const std::vector<WeightType>& types, int64_t in_features, at::ScalarType dtype) {
   const bool same = std::all_of(types.begin(), types.end(), [&](WeightType type) { return type == types.front(); });
   if (same && ops::can_pack(types.front())) return types.front();
+  const auto is_four_bits = [](WeightType type) { return type == WeightType::kQ4_0 || type == WeightType::kQ4_1; };
+  if (std::all_of(types.begin(), types.end(), is_four_bits)) return WeightType::kQ4_1;
   const auto is_exact_float = [&](WeightType type) {
     return type == WeightType::kF32 || type == WeightType::kBF16 || (type == WeightType::kF16 && dtype == at::kFloat);
   };
@@ -258,7 +283,7 @@ Weights load_weights(const Checkpoint& checkpoint, at::ScalarType dtype) {
     weights.layers.push_back(std::move(layer));
   }
   for (const auto& [what, count] : notices)
-    weights.notices.push_back(fmt::format("{} weights held in {}", count, what));
+    weights.notices.push_back(fmt::format("{} weights re-encoded: {}", count, what));
   return weights;
 }
 

@@ -32,7 +32,8 @@ std::string refusal(const std::function<void(TinyModel&)>& damage) {
 TEST(Weights, TypesThatStayAndTypesThatAreReencoded) {
   using W = WeightType;
   for (W type : {W::kF32, W::kBF16, W::kQ4_1, W::kQ8_0}) EXPECT_EQ(packed_type({type, type}, 64, at::kBFloat16), type);
-  for (W type : {W::kQ4_0, W::kQ4_K, W::kQ5_K, W::kQ6_K}) EXPECT_EQ(packed_type({type}, 256, at::kFloat), W::kQ8_0);
+  EXPECT_EQ(packed_type({W::kQ4_0, W::kQ4_1}, 64, at::kBFloat16), W::kQ4_1);
+  for (W type : {W::kQ4_K, W::kQ5_K, W::kQ6_K}) EXPECT_EQ(packed_type({type}, 256, at::kFloat), W::kQ8_0);
   EXPECT_EQ(packed_type({W::kF16}, 64, at::kBFloat16), W::kQ8_0);
   EXPECT_EQ(packed_type({W::kF16}, 64, at::kFloat), W::kF32);
   EXPECT_EQ(packed_type({W::kF16}, 40, at::kBFloat16), W::kF32);  // no whole blocks

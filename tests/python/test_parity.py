@@ -209,8 +209,8 @@ def tiny_model(family):
     return model
 
 
-def write_gguf(path, model):
-    """The model as a GGUF file the way llama.cpp's converter lays it out, in F32."""
+def write_gguf(path, model, matrix_type=gguf.GGMLQuantizationType.F32, extra=lambda writer: None, skip=()):
+    """The model as a GGUF file the way llama.cpp's converter lays it out; vectors stay F32."""
     config = model.config
     architecture = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}[
         type(model).__name__]
@@ -244,7 +244,13 @@ def write_gguf(path, model):
             gguf_name = f"blk.{layer}.{layer_to_gguf[rest]}"
         values = parameter.detach().numpy()
         heads = interleaved_heads(gguf_name, config.num_attention_heads, config.num_key_value_heads)
-        writer.add_tensor(gguf_name, permute(values, heads).copy() if heads and architecture == "llama" else values)
+        if heads and architecture == "llama":
+            values = permute(values, heads).copy()
+        if values.ndim == 2:
+            writer.add_tensor(gguf_name, gguf.quantize(values, matrix_type), raw_dtype=matrix_type)
+        elif gguf_name not in skip:
+            writer.add_tensor(gguf_name, values)
+    extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -272,6 +278,43 @@ def test_tiny_checkpoints(tool, tmp_path, family):
         for chunk, steps in [(300, 0), (37, 20)]:
             _, logits = run_tool(tool, tmp_path / source, ids, tmp_path, dtype="f32", chunk=chunk, steps=steps)
             assert max_difference(logits, wanted) <= 1e-4, (source, chunk, steps)
+
+
+@pytest.mark.parametrize("matrix_type", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])
+def test_types_of_weights(tool, tmp_path, matrix_type):
+    model = tiny_model("llama")
+    write_gguf(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[matrix_type])
+    weights = {}
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        count = interleaved_heads(tensor.name, SIZES["num_attention_heads"], SIZES["num_key_value_heads"])
+        weights[huggingface_name(tensor.name)] = torch.from_numpy(unpermute(values, count) if count else values.copy())
+    model.load_state_dict(weights)
+    ids = np.random.default_rng(4).integers(0, SIZES["vocab_size"], size=200).astype(np.int32)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(ids).long()[None]).logits[0].numpy()
+    report, logits = run_tool(tool, tmp_path / "model.gguf", ids, tmp_path, dtype="f32", chunk=150, steps=50)
+    assert max_difference(logits, wanted) <= 1e-4
+    assert bool(report["notices"]) == (matrix_type == "F16")  # held in F32
+
+
+@pytest.mark.parametrize("extra, skip, mentions", [
+    (lambda w: w.add_expert_count(8), (), "expert_count"),
+    (lambda w: w.add_sliding_window(128), (), "sliding"),
+    (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), (), "yarn"),
+    (lambda w: w.add_rope_dimension_count(8), (), "partial rotary"),
+    (lambda w: w.add_value_length(32), (), "head size"),
+    (lambda w: w.add_tensor("blk.0.attn_sub_norm.weight", np.ones(64, np.float32)), (), "attn_sub_norm"),
+    (lambda w: None, ("blk.1.ffn_norm.weight",), "blk.1.ffn_norm.weight"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_gguf_that_cannot_be_computed_is_refused_by_name(tool, tmp_path, extra, skip, mentions):
+    write_gguf(tmp_path / "model.gguf", tiny_model("llama"), extra=extra, skip=skip)
+    np.zeros(4, np.int32).tofile(tmp_path / "ids")
+    done = subprocess.run([tool, str(tmp_path / "model.gguf"), str(tmp_path / "ids"), str(tmp_path / "out")],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "model.gguf" in done.stderr and mentions in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [
