@@ -1,5 +1,6 @@
 // select_chunk over random chunkings against select of the whole sequence (eq. 12), which select_test.cc checks.
 #include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -327,12 +328,47 @@ TEST(SelectChunk, NamesTheCandidateThatIsNotFinite) {
   std::string message;
   try {
     test.advance({&sequence}, 10);
-  } catch (const UsageError& error) {
+  } catch (const DataError& error) {
     message = error.what();
   }
-  EXPECT_EQ(message,
-            "candidate scores must be finite, got nan at batch row 0, position 5, head 0; express padding by "
-            "cu_seqlens");
+  EXPECT_EQ(message, "candidate scores must be finite, got nan at batch row 0, position 5, head 0");
+}
+
+// Slots and pool are indexed by what the length says they hold.
+TEST(SelectChunk, AStateThatDoesNotFitItsLengthIsRefused) {
+  Spec spec;
+  spec.seqlen = 40;
+  spec.topk = 3;
+  spec.window_size = 2;
+  spec.num_sinks = 1;
+  for (const int64_t pool_size : {0, 5}) {
+    spec.pool_size = pool_size;
+    ChunkTest<float> test(spec, 1);
+    const Sequence<float> fresh = test.start(make_scores(ScoreKind::kNormal, 1, 40, 1, 1));
+    Sequence<float> read = fresh;
+    test.advance({&read}, 10);
+    const auto error_of = [&](Sequence<float> sequence) -> std::string {
+      try {
+        test.advance({&sequence}, 4);
+      } catch (const DataError& error) {
+        return error.what();
+      }
+      return "none";
+    };
+    const auto says = [](const char* text) { return ::testing::HasSubstr(text); };
+    Sequence<float> rewound = read, ahead = fresh, one_slot_less = read, one_score_less = read, one_score_more = read;
+    rewound.length = 0;
+    ahead.length = 10;
+    one_slot_less.lanes[0].slot_positions[1] = -1;
+    for (float& score : one_score_less.lanes[0].pool_scores) score = kMinusInfinity;
+    one_score_more.length = 6;  // three candidates: as many slots as after ten tokens
+    EXPECT_THAT(error_of(rewound), says("a state of 0 tokens must hold 0 selected keys, found 3 in batch row 0"));
+    EXPECT_THAT(error_of(ahead), says("a state of 10 tokens must hold 3 selected keys, found 0 in batch row 0"));
+    EXPECT_THAT(error_of(one_slot_less), says("a state of 10 tokens must hold 3 selected keys, found 2"));
+    EXPECT_THAT(error_of(one_score_less), says("pool scores, found 0 in batch row 0, KV head 0"));
+    EXPECT_THAT(error_of(one_score_more), says("a state of 6 tokens must hold 3 pool scores, found"));
+    EXPECT_EQ(error_of(read), "none");
+  }
 }
 
 }  // namespace

@@ -230,13 +230,11 @@ TEST(Select, NamesTheScoreThatIsNotFinite) {
       std::string message;
       try {
         run_select(scores, spec);
-      } catch (const UsageError& error) {
+      } catch (const DataError& error) {
         message = error.what();
       }
       EXPECT_EQ(message,
-                fmt::format("scores must be finite, got {} at batch row 1, position {}, head 2; express padding "
-                            "by cu_seqlens",
-                            bad, position));
+                fmt::format("scores must be finite, got {} at batch row 1, position {}, head 2", bad, position));
     }
   }
 }
@@ -295,8 +293,8 @@ TEST(Visibility, RowsAreTheReferenceSets) {
           for (int64_t r = 0; r < spec.seqlen; ++r) {
             ASSERT_EQ(window_begin[b * spec.seqlen + i] <= r && r <= i, in_window[r]) << "query " << i << " row " << r;
             ASSERT_EQ(far_begin[row + r] <= i && i < far_end[row + r], far[r]) << "query " << i << " row " << r;
-            ASSERT_EQ(frac_begin[row + r], selected.frac_begin[at(r)]);
-            ASSERT_EQ(frac_end[row + r], selected.frac_end[at(r)]);
+            ASSERT_EQ(frac_begin[row + r], std::min<int64_t>(selected.frac_begin[at(r)], spec.seqlen));
+            ASSERT_EQ(frac_end[row + r], std::min<int64_t>(selected.frac_end[at(r)], spec.seqlen));
           }
           const bool is_sink = i - begin < spec.num_sinks;
           ASSERT_EQ(row_scores[row + i], is_sink ? std::numeric_limits<float>::infinity() : scores[at(i)]);
@@ -305,6 +303,28 @@ TEST(Visibility, RowsAreTheReferenceSets) {
     }
     if (HasFailure()) return;
   }
+}
+
+// A selection that a caller made or cut: the gradient indexes queries by these.
+TEST(Visibility, FractionsAreClippedToTheSequence) {
+  constexpr int32_t kLow = std::numeric_limits<int32_t>::min(), kHigh = std::numeric_limits<int32_t>::max();
+  const std::vector<float> scores(4, 0.0f);
+  const std::vector<int32_t> expiry(4, 4), begins{kLow, -1, 2, 5}, ends{kHigh, 5, 3, kHigh};
+  Poisoned<int32_t> frac_begin(4), frac_end(4);
+  cpu::VisibilityParams params{};
+  params.dtype = DType::kF32;
+  params.scores = params.tau = scores.data();
+  params.expiry = expiry.data();
+  params.frac_begin = begins.data();
+  params.frac_end = ends.data();
+  params.scores_strides = params.tau_strides = params.index_strides = contiguous(4, 1);
+  params.row_frac_begin = frac_begin.data();
+  params.row_frac_end = frac_end.data();
+  params.batch = params.num_kv_heads = params.window_size = 1;
+  params.seqlen = 4;
+  cpu::visibility(params);
+  EXPECT_EQ(std::vector<int32_t>(frac_begin.data(), frac_begin.data() + 4), (std::vector<int32_t>{0, 0, 2, 4}));
+  EXPECT_EQ(std::vector<int32_t>(frac_end.data(), frac_end.data() + 4), (std::vector<int32_t>{4, 4, 3, 4}));
 }
 
 }  // namespace

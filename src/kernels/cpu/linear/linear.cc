@@ -12,6 +12,7 @@
 #include "base/bf16.h"
 #include "kernels/cpu/linear/linear_kernels.h"
 #include "kernels/cpu/linear/packed_layout.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd/dispatch.h"
 
 namespace sparsek::cpu {
@@ -110,13 +111,15 @@ void decode(const LinearParams& params) {
   }
   const auto kernel = kDecode.active();
   const int64_t num_tiles = packed::num_tiles(weight.out_features);
+  FirstError error;
 #pragma omp parallel firstprivate(task)
-  {
+  error.guard([&] {
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
     task.tile_begin = num_tiles * thread / num_threads;
     task.tile_end = num_tiles * (thread + 1) / num_threads;
     kernel(task);
-  }
+  });
+  error.rethrow();
 }
 
 // One chunk of rows. Work is dealt out in units (panel, group of rows), panel by panel: every thread gets the same
@@ -128,8 +131,9 @@ void multiply_panels(const LinearParams& params, int64_t row, int64_t rows) {
   const int64_t num_tiles = packed::num_tiles(params.weight.out_features);
   const int64_t num_panels = (num_tiles + kPanelTiles - 1) / kPanelTiles;
   const int64_t num_groups = (rows + kRowGroup - 1) / kRowGroup;
+  FirstError error;
 #pragma omp parallel
-  {
+  error.guard([&] {
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
     const int64_t end = num_panels * num_groups * (thread + 1) / num_threads;
     PanelTask task{params.weight, x, output_from(params, row), 0, 0, 0, 0, nullptr, nullptr};
@@ -145,7 +149,8 @@ void multiply_panels(const LinearParams& params, int64_t row, int64_t rows) {
       kernel(task);
       unit += group_end - group;
     }
-  }
+  });
+  error.rethrow();
 }
 
 }  // namespace

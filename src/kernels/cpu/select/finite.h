@@ -18,13 +18,12 @@ template <class T, class Wanted>
       for (int64_t h = 0; h < num_kv_heads; ++h) {
         const T value = values[b * strides.batch + i * strides.seq + h * strides.head];
         if (wanted(b, i) && !std::isfinite(value)) {
-          throw_usage("{} must be finite, got {} at batch row {}, position {}, head {}; express padding by cu_seqlens",
-                      what, value, b, i, h);
+          throw_data("{} must be finite, got {} at batch row {}, position {}, head {}", what, value, b, i, h);
         }
       }
     }
   }
-  throw_usage("{} must be finite", what);
+  throw_data("{} must be finite", what);
 }
 
 }  // namespace sparsek::cpu

@@ -15,7 +15,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cpu/select/parallel.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/select/threshold.h"
 
 namespace sparsek::cpu {

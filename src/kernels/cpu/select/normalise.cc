@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu/select/finite.h"
-#include "kernels/cpu/select/parallel.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/select/select.h"
 
 namespace sparsek::cpu {

@@ -12,7 +12,7 @@
 
 #include "kernels/cpu/select/finite.h"
 #include "kernels/cpu/select/lane.h"
-#include "kernels/cpu/select/parallel.h"
+#include "kernels/cpu/parallel.h"
 
 namespace sparsek::cpu {
 namespace {

@@ -7,9 +7,10 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels/cpu/carried_state.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/select/finite.h"
 #include "kernels/cpu/select/lane.h"
-#include "kernels/cpu/select/parallel.h"
 #include "kernels/cpu/select/select.h"
 
 namespace sparsek::cpu {
@@ -162,13 +163,12 @@ void select_chunk_typed(const SelectChunkParams& params) {
     Lane<T>& lane = lanes[row];
     ChunkLane<T>& chunk_lane = chunk_lanes[row];
     const T* pool = static_cast<const T*>(params.pool_scores) + row * params.pool_capacity;
-    const auto is_used = [](T score) { return score > -std::numeric_limits<T>::infinity(); };
-    chunk_lane.num_used = std::partition_point(pool, pool + params.pool_capacity, is_used) - pool;
+    const CarriedSizes sizes{params.topk, params.window_size, params.num_sinks, params.pool_size};
+    chunk_lane.num_used = check_carried_state(params.slot_positions + row * params.topk, pool, params.pool_capacity,
+                                              params.lengths[b], sizes, b, h);
     chunk_lane.slot_order = order_slots(static_cast<const T*>(params.slot_scores) + row * params.topk,
                                         params.slot_positions + row * params.topk, params.topk);
-    assert(static_cast<int64_t>(chunk_lane.slot_order.size()) == std::min<int64_t>(chunk_lane.num_used, params.topk));
     chunk_lane.first_query = first_candidate_query(params, b);
-    assert(chunk_lane.first_query == 0 || chunk_lane.num_used == 0);
     lane.carried = pool;
     lane.num_carried = chunk_lane.num_used;
     lane.scores = scores + b * strides.batch + chunk_lane.first_query * strides.seq + h * strides.head;

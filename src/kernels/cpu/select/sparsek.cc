@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "kernels/cpu/select/parallel.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/select/rank.h"
 #include "kernels/cpu/select/select.h"
 #include "kernels/cpu/select/threshold.h"

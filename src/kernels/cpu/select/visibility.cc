@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/cpu/select/parallel.h"
+#include "kernels/cpu/parallel.h"
 
 namespace sparsek::cpu {
 namespace {
@@ -53,6 +53,14 @@ void make_rows(const VisibilityParams& params, const Stretch& stretch) {
   to_head_major<int32_t>(params, stretch, params.expiry, params.index_strides, params.far_end);
   to_head_major<int32_t>(params, stretch, params.frac_begin, params.index_strides, params.row_frac_begin);
   to_head_major<int32_t>(params, stretch, params.frac_end, params.index_strides, params.row_frac_end);
+  // The caller may bring another selection than ours, and the gradient counts queries at both ends.
+  for (int32_t* times : {params.row_frac_begin, params.row_frac_end}) {
+    if (!times) continue;
+    for (int64_t h = 0; h < params.num_kv_heads; ++h) {
+      int32_t* const row = times + (stretch.batch_row * params.num_kv_heads + h) * params.seqlen;
+      for (int64_t i = stretch.begin; i < stretch.end; ++i) row[i] = std::clamp(row[i], 0, params.seqlen);
+    }
+  }
 
   const auto document_end = static_cast<int32_t>(stretch.document_end);
   const int64_t sinks_end = std::min(stretch.document_begin + params.num_sinks, stretch.end);

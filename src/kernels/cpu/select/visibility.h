@@ -6,7 +6,8 @@ namespace sparsek::cpu {
 
 // Whole sequences: scores, tau and the int32 arrays of `select` are [batch, seqlen, num_kv_heads] with strides; the
 // outputs are contiguous and head-major as AttentionFwdParams / AttentionBwdParams want them. Sinks get the score +inf
-// and are far rows from j + w to their document's end; expiry is clipped to it. Any output may be null.
+// and are far rows from j + w to their document's end; expiry is clipped to it, and fractions to [0, seqlen]. Any
+// output may be null.
 struct VisibilityParams {
   DType dtype;  // of scores and tau
   const void *scores, *tau;
