@@ -7,7 +7,8 @@ float32, or float64 with float64 q. head_dim is a multiple of 8 up to 256, num_h
 
 Errors are the same everywhere: ValueError for a wrong shape, stride, device or value, TypeError for a wrong dtype,
 NotImplementedError for a second derivative; each message states what was wanted and what was given. Scores must be
-finite: on the CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN.
+finite: on the CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN. So does, on the CPU,
+a state whose slots and pool do not fit its lengths: set nothing back, start with `new_state`.
 """
 
 from typing import NamedTuple, Optional

@@ -84,7 +84,7 @@ struct AttentionFwdParams {
   Strides q_strides, k_strides, v_strides, q_far_strides, k_far_strides, out_strides;
   int32_t batch, seqlen_q, seqlen_k, num_carried, num_heads, num_kv_heads, head_dim;
   Gate gate;
-  float softmax_scale;
+  double softmax_scale;
 };
 
 // Section 5. Score rows: [ pool rows (num_pool_rows: carried scores without key or value) | the seqlen_k key rows ].
@@ -115,7 +115,7 @@ struct WindowMassParams {
   void* mass;                         // [batch, num_kv_heads, seqlen_k]
   Strides q_strides, k_strides, q_far_strides, k_far_strides;
   int32_t batch, seqlen_q, seqlen_k, num_carried, num_heads, num_kv_heads, head_dim, window_size;
-  float softmax_scale;
+  double softmax_scale;
 };
 
 // One token per batch row, the state changed in place (section 6).
@@ -142,7 +142,7 @@ struct DecodeStepParams {
   int32_t batch, num_heads, num_kv_heads, head_dim;
   int32_t topk, window_size, num_sinks, pool_size;
   Gate gate;
-  float softmax_scale;
+  double softmax_scale;
 };
 
 // eq. 1 along the sequence. stats: running count, mean and sum of squared deviations, in double.

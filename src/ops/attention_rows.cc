@@ -71,6 +71,16 @@ void check(const Rows& rows) {
   check_gate(rows.gate);
 }
 
+// CPU only. The gradient counts queries where fractions begin and end: [begin, end) must lie in the chunk's queries.
+void check_fractions(const Tensor& frac_begin, const Tensor& frac_end, int64_t seqlen_q) {
+  const int32_t *begins = int32_data(frac_begin), *ends = int32_data(frac_end);
+  for (int64_t i = 0; i < frac_begin.numel(); ++i) {
+    TORCH_CHECK_VALUE(begins[i] >= ends[i] || (begins[i] >= 0 && ends[i] <= seqlen_q),
+                      "frac_begin and frac_end must lie between 0 and seqlen_q = ", seqlen_q, ", got [", begins[i],
+                      ", ", ends[i], ")");
+  }
+}
+
 Tensors2 allocate_outputs(const Tensor& q) {
   return {at::empty_symint(q.sym_sizes(), q.options()),
           empty_of({q.sym_size(0), q.sym_size(2), q.sym_size(1)}, q.options().dtype(scores_dtype(q.scalar_type())))};
@@ -116,7 +126,7 @@ struct Forward {
     params.num_kv_heads = checked_int32("num_kv_heads", rows.k.size(2));
     params.head_dim = checked_int32("head_dim", rows.q.size(3));
     params.gate = gate_of(rows.gate);
-    params.softmax_scale = static_cast<float>(rows.softmax_scale);
+    params.softmax_scale = rows.softmax_scale;
   }
 };
 
@@ -167,6 +177,7 @@ Tensors6 backward_cpu(const Tensor& dout, const MaybeTensor& dlse, const Tensor&
   }
   const Tensor lse = softmax_lse.contiguous(), outputs = out.contiguous();
   const Tensor frac_begins = frac_begin.contiguous(), frac_ends = frac_end.contiguous();
+  check_fractions(frac_begins, frac_ends, q.size(1));
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : dout.contiguous();  // sum().backward() gives stride 0
   const MaybeTensor dlse_rows = given(dlse) ? MaybeTensor(dlse->contiguous()) : MaybeTensor();
   const bool far = given(q_far);

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "base/error.h"
 #include "ops/autocast.h"
 #include "ops/ops.h"
 #include "ops/state.h"
@@ -28,33 +29,38 @@ Tensor decode_step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const
   return allocate(q);
 }
 
-// The score of the key at position length - window_size, [batch, num_kv_heads], and in ring_scores the new token's in
-// its place (delayed scores come finished, and ring_scores is the caller's). Throws before anything is written.
+// New scores enter the ring; finished (delayed) ones are checked by the kernel that reads them.
 template <class T>
-Tensor take_candidate_scores(const Tensor& scores, const Tensor& ring_scores, const Tensor& lengths,
-                             int64_t window_size, int64_t num_sinks, bool delayed_scores) {
-  const Tensor given_scores = scores.select(1, 0).contiguous();
-  const int64_t num_kv_heads = given_scores.size(1);
-  const T* given_data = given_scores.const_data_ptr<T>();
-  for (int64_t b = 0; b < given_scores.size(0); ++b) {
-    const bool read = !delayed_scores || lengths.const_data_ptr<int64_t>()[b] - window_size >= num_sinks;
-    for (int64_t h = 0; read && h < num_kv_heads; ++h) {
-      const T value = given_data[b * num_kv_heads + h];
-      TORCH_CHECK_VALUE(std::isfinite(value), "scores must be finite, got ", value, " at [", b, ", 0, ", h, "]");
-    }
+void check_finite(const Tensor& scores) {
+  const T* const data = scores.const_data_ptr<T>();
+  for (int64_t i = 0; i < scores.numel(); ++i) {
+    if (std::isfinite(data[i])) continue;
+    throw_data("scores must be finite, got {} at batch row {}, position 0, head {}", data[i], i / scores.size(1),
+               i % scores.size(1));
   }
-  if (delayed_scores) return given_scores;
-  const Tensor candidates = at::empty_like(given_scores);
-  T* const candidate_data = candidates.data_ptr<T>();
+}
+
+// visit(score, entry) for scores [batch, num_kv_heads] and the ring's entries at position length.
+template <class T, class Visit>
+void for_each_ring_score(const Tensor& scores, const Tensor& ring_scores, const Tensor& lengths, const Visit& visit) {
+  const int64_t num_kv_heads = scores.size(1), window_size = ring_scores.size(2);
+  T* const data = scores.data_ptr<T>();
   T* const ring = ring_scores.data_ptr<T>();
-  for (int64_t b = 0; b < given_scores.size(0); ++b) {
+  for (int64_t b = 0; b < scores.size(0); ++b) {
     const int64_t row = lengths.const_data_ptr<int64_t>()[b] % window_size;
-    for (int64_t i = b * num_kv_heads; i < (b + 1) * num_kv_heads; ++i) {
-      candidate_data[i] = ring[i * window_size + row];
-      ring[i * window_size + row] = given_data[i];
-    }
+    for (int64_t i = b * num_kv_heads; i < (b + 1) * num_kv_heads; ++i) visit(data[i], ring[i * window_size + row]);
   }
-  return candidates;
+}
+
+// Runs the kernel; ring_scores trades the leaving keys' scores for the new tokens'. Nothing is written when it throws.
+template <class T>
+void step_with_ring(DecodeStepParams& params, const Tensor& scores, const Tensor& ring_scores, const Tensor& lengths) {
+  check_finite<T>(scores);
+  const Tensor candidates = at::empty_like(scores), tokens = lengths.clone();
+  for_each_ring_score<T>(candidates, ring_scores, tokens, [](T& candidate, T entry) { candidate = entry; });
+  params.candidate_scores = candidates.const_data_ptr();
+  cpu::decode_step(params);
+  for_each_ring_score<T>(scores, ring_scores, tokens, [](T score, T& entry) { entry = score; });
 }
 
 Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& scores, const Tensor& state_k,
@@ -97,10 +103,7 @@ Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_contiguous("lengths", lengths);
   check_lengths_values(lengths);
 
-  const Tensor candidates =
-      scores.scalar_type() == at::kDouble
-          ? take_candidate_scores<double>(scores, ring_scores, lengths, window_size, num_sinks, delayed_scores)
-          : take_candidate_scores<float>(scores, ring_scores, lengths, window_size, num_sinks, delayed_scores);
+  const Tensor new_scores = scores.select(1, 0).contiguous();
   const Tensor out = allocate(q);
   DecodeStepParams params{};
   params.dtype = dtype_of(q);
@@ -109,7 +112,6 @@ Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const 
   params.k = k.const_data_ptr();
   params.k_far = data_or_null<void>(k_far);
   params.v = v.const_data_ptr();
-  params.candidate_scores = candidates.const_data_ptr();
   params.state_k = state_k.data_ptr();
   params.state_v = state_v.data_ptr();
   params.ring_k = data_or_null<void>(ring_k);
@@ -140,8 +142,15 @@ Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const 
   params.num_sinks = static_cast<int32_t>(num_sinks);
   params.pool_size = static_cast<int32_t>(pool);
   params.gate = gate_of(gate);
-  params.softmax_scale = static_cast<float>(scale_or_default(softmax_scale, q));
-  cpu::decode_step(params);
+  params.softmax_scale = scale_or_default(softmax_scale, q);
+  if (delayed_scores) {
+    params.candidate_scores = new_scores.const_data_ptr();
+    cpu::decode_step(params);
+  } else if (new_scores.scalar_type() == at::kDouble) {
+    step_with_ring<double>(params, new_scores, ring_scores, lengths);
+  } else {
+    step_with_ring<float>(params, new_scores, ring_scores, lengths);
+  }
   return out;
 }
 

@@ -208,6 +208,7 @@ Tensors4 window_rows_cpu(const Tensor& q, const MaybeTensor& lengths, const Mayb
   check_cu_seqlens_values(cu_seqlens, q.size(1));
   if (given(lengths)) {
     check_tensor({"lengths", *lengths, "[batch]"}, {q.size(0)}, at::kLong, {"q", q, ""}, true);
+    check_lengths_values(*lengths);
   }
   Tensors4 outputs = allocate_window(q, lengths, window_size, num_sinks);
   auto& [window_begin, far_begin, far_end, num_queries] = outputs;

@@ -85,7 +85,7 @@ Tensor mass_rows_cpu(const Tensor& q, const Tensor& k, const MaybeTensor& q_far,
   params.num_kv_heads = checked_int32("num_kv_heads", heads);
   params.head_dim = checked_int32("head_dim", head_dim);
   params.window_size = checked_int32("window_size", window_size);
-  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.softmax_scale = softmax_scale;
   cpu::window_mass(params);
   return mass;
 }

@@ -161,8 +161,40 @@ def test_selection_given_to_attention_forward() -> None:
     message = re.escape("tau must be [batch, seqlen, num_kv_heads] = [2, 20, 2], got [2, 19, 2]")
     with pytest.raises(ValueError, match=message):
         sparsek.attention_forward(x.q, x.k, x.v, x.scores, tau[:, 1:], expiry, frac_begin, frac_end, **keywords)
+    message = re.escape("frac_end must be [batch, seqlen, num_kv_heads] = [2, 20, 2], got [2, 21, 2]")
+    longer = torch.cat([frac_end, frac_end[:, :1]], 1)
+    with pytest.raises(ValueError, match=message):
+        sparsek.attention_forward(x.q, x.k, x.v, x.scores, tau, expiry, frac_begin, longer, **keywords)
     with pytest.raises(TypeError, match="expiry must be Int, got Long"):
         sparsek.attention_forward(x.q, x.k, x.v, x.scores, tau, expiry.long(), frac_begin, frac_end, **keywords)
+
+
+def test_fractions_outside_the_sequence() -> None:
+    """attention_forward cuts them; attention_backward, which takes rows as they are, refuses them."""
+    x = random_inputs(dtype=torch.float32, seqlen=20, requires_grad=True)
+    tau, expiry, frac_begin, frac_end = sparsek.select(x.scores.detach(), **OPTIONS)
+    wild = frac_end.new_full(frac_end.shape, 2**30)
+    keywords = dict(window_size=5, num_sinks=2)
+    out, lse = sparsek.attention_forward(x.q, x.k, x.v, x.scores, tau, expiry, -wild, wild, **keywords)
+    out.sum().backward()
+    assert torch.isfinite(x.scores.grad).all()
+
+    rows_first = lambda t: t.detach().transpose(1, 2).contiguous()  # noqa: E731
+    q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
+    positions = torch.arange(20, dtype=torch.int32)
+    window_begin = (positions - 4).clamp_min(0).expand(2, 20).contiguous()
+    far_begin = (positions + 5).expand(2, 2, 20).contiguous()
+    for begin, end in ((0, 21), (-1, 3), (0, 2**30)):
+        begins, ends = (torch.full((2, 2, 20), at, dtype=torch.int32) for at in (begin, end))
+        message = f"frac_begin and frac_end must lie between 0 and seqlen_q = 20, got [{begin}, {end})"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            torch.ops.sparsek.attention_backward(
+                *(torch.ones_like(q), None, q, k, v, None, None, rows_first(x.scores), rows_first(tau), window_begin),
+                *(far_begin, rows_first(expiry), begins, ends, out.detach(), lse.detach()),
+                gate="soft",
+                softmax_scale=0.25,
+                deterministic=False,
+            )
 
 
 def test_sparsek() -> None:
@@ -258,9 +290,29 @@ def test_decode_step() -> None:
     with pytest.raises(ValueError, match="ring_scores must be contiguous, got strides"):
         sparsek.decode_step(x.q, x.k, x.v, x.scores, strided, **OPTIONS)
     x.scores[1, 0, 1] = torch.nan
-    with pytest.raises(ValueError, match=re.escape("scores must be finite, got nan at [1, 0, 1]")):
+    with pytest.raises(RuntimeError, match="scores must be finite, got nan at batch row 1, position 0, head 1"):
         sparsek.decode_step(x.q, x.k, x.v, x.scores, state(), **OPTIONS)
     assert unchanged(lambda s: sparsek.decode_step(x.q, x.k, x.v, x.scores, s, **OPTIONS), state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_does_not_fit_its_lengths(dtype: torch.dtype) -> None:
+    """Set back to be used again, or taken from elsewhere: refused, nothing written."""
+    x = random_inputs(dtype=dtype, seqlen=40)
+    first, last = x.slice(0, 30), x.slice(30, 31)
+    filled = sparsek.attention_chunk(first.q, first.k, first.v, first.scores, state(dtype=dtype), **OPTIONS)[2]
+    length = torch.full_like(filled.lengths, 30)
+    cases = [
+        (filled._replace(lengths=length * 0), "a state of 0 tokens must hold 0 selected keys, found 4 in batch row 0"),
+        (state(dtype=dtype)._replace(lengths=length), "a state of 30 tokens must hold 4 selected keys, found 0"),
+        (filled._replace(lengths=length + 5), "a state of 35 tokens must hold 28 pool scores, found 23 in batch row 0"),
+    ]
+    for wrong, message in cases:
+        for call in (sparsek.attention_chunk, sparsek.decode_step):
+            step = lambda s: call(last.q, last.k, last.v, last.scores, s, **OPTIONS)  # noqa: B023, E731
+            with pytest.raises(RuntimeError, match=message):
+                step(wrong)
+            assert unchanged(step, wrong)
 
 
 def test_scores_that_are_not_finite_are_refused_once_they_compete() -> None:
@@ -278,3 +330,6 @@ def test_window_mass_needs_its_state() -> None:
         sparsek.leaving_mass(state(), window_size=5)
     with pytest.raises(ValueError, match=re.escape("ring_mass must be [batch, num_kv_heads, window_size] = [2, 2, 6]")):
         sparsek.window_mass_chunk(x.q, x.k, state(delayed_scores=True), window_size=6, num_sinks=2)
+    negative = state(delayed_scores=True)._replace(lengths=torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="lengths must not be negative, got -1 in batch row 1"):
+        sparsek.window_mass_chunk(x.q, x.k, negative, window_size=5, num_sinks=2)

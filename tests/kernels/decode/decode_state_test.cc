@@ -1,5 +1,6 @@
 // What decode_step promises about its state beyond the results: errors change nothing, slots may have any order and
 // holes, the bits depend neither on the threads nor on the rest of the batch.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <omp.h>
 
@@ -36,12 +37,41 @@ TEST(DecodeState, ANonFiniteScoreIsRefusedBeforeAnythingChanges) {
       decoder.step(0, 3, candidates);
       FAIL() << "no error for " << bad;
     } catch (const DataError& error) {
-      EXPECT_THAT(error.what(), ::testing::HasSubstr("batch row 2, KV head 1"));
-      EXPECT_THAT(error.what(), ::testing::HasSubstr("position 22"));
+      EXPECT_THAT(error.what(), ::testing::HasSubstr("batch row 2, position 22, head 1"));
     }
     EXPECT_TRUE(same_state(decoder, before));
     EXPECT_TRUE(same_bits(decoder.out, before.out));
   }
+}
+
+// Slots are searched and pool scores moved by what the length says they hold.
+TEST(DecodeState, AStateThatDoesNotFitItsLengthIsRefusedBeforeAnythingChanges) {
+  Case setup;
+  setup.batch = 2;
+  const Sequence<float> sequence(setup, 32);
+  Decoder<float> filled(sequence);
+  for (int t = 0; t < 40; ++t) filled.step(0, 2);
+  const auto expect_refused = [&](Decoder<float> decoder, const std::string& message) {
+    const Decoder<float> before = decoder;
+    const std::vector<float> candidates(decoder.units(), 100.0f);  // above every other
+    try {
+      decoder.step(0, 2, candidates);
+      ADD_FAILURE() << "no error";
+    } catch (const DataError& error) {
+      EXPECT_THAT(error.what(), ::testing::HasSubstr(message));
+    }
+    EXPECT_TRUE(same_state(decoder, before));
+    EXPECT_TRUE(decoder.guards_intact());
+  };
+  Decoder<float> rewound = filled, ahead(sequence), emptied = filled;
+  rewound.lengths[1] = setup.window_size + setup.num_sinks;
+  ahead.lengths[0] = ahead.lengths[1] = 40;
+  for (int64_t i = 0; i < emptied.pool_scores.size(); ++i) {
+    emptied.pool_scores[i] = -std::numeric_limits<float>::infinity();
+  }
+  expect_refused(rewound, fmt::format("must hold 0 selected keys, found {} in batch row 1, KV head 0", setup.topk));
+  expect_refused(ahead, fmt::format("must hold {} selected keys, found 0 in batch row 0, KV head 0", setup.topk));
+  expect_refused(emptied, "pool scores, found 0 in batch row 0, KV head 0");
 }
 
 // A chunk writes the slots in another order than decode_step would, and nothing says that empty ones come last.

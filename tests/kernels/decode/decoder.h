@@ -65,14 +65,14 @@ struct Sequence {
     spec.num_sinks = s.num_sinks;
     spec.pool_size = s.pool_size;
     spec.gate = s.gate;
-    spec.softmax_scale = static_cast<double>(softmax_scale());
+    spec.softmax_scale = softmax_scale();
     spec.precision = kIsF64 ? reference::Precision::kFloat64 : reference::Precision::kFloat32;
   }
   static Values stored(Values values) {
     if constexpr (kIsF64) return values;
     return std::is_same_v<Element, float> ? round_to_f32(values) : round_to_bf16(values);
   }
-  float softmax_scale() const { return 1.3f / std::sqrt(static_cast<float>(setup.head_dim)); }
+  double softmax_scale() const { return 1.3 / std::sqrt(static_cast<double>(setup.head_dim)); }
 
   Case setup;
   reference::AttentionInputs inputs;
@@ -173,7 +173,7 @@ class Decoder {
   }
 
   Case setup;
-  float softmax_scale;
+  double softmax_scale;
   std::vector<Element> q, k, v, q_far, k_far;
   std::vector<Score> scores;
   Poisoned<Element> state_k, state_v, ring_k;

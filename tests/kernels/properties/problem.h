@@ -61,7 +61,7 @@ Values round_to(Values values) {
 template <class Element>
 Problem make_problem(Spec spec, ScoreKind kind, bool far_rotary, uint64_t seed) {
   spec.precision = std::is_same_v<Element, double> ? reference::Precision::kFloat64 : reference::Precision::kFloat32;
-  spec.softmax_scale = static_cast<double>(static_cast<float>(1.3 / std::sqrt(static_cast<double>(spec.head_dim))));
+  spec.softmax_scale = 1.3 / std::sqrt(static_cast<double>(spec.head_dim));
   const int64_t tokens = spec.batch * spec.seqlen;
   const int64_t q_size = tokens * spec.num_heads * spec.head_dim, kv_size = tokens * spec.num_kv_heads * spec.head_dim;
   const double q_std = seed % 3 == 0 ? 5.0 : 1.0;  // one softmax in three is peaked
@@ -129,7 +129,7 @@ AttentionFwdParams common_params(const Spec& spec) {
   params.num_kv_heads = static_cast<int32_t>(spec.num_kv_heads);
   params.head_dim = static_cast<int32_t>(spec.head_dim);
   params.gate = spec.gate;
-  params.softmax_scale = static_cast<float>(spec.softmax_scale);
+  params.softmax_scale = spec.softmax_scale;
   return params;
 }
 

@@ -452,7 +452,7 @@ void StreamingRun<Element>::decode(int64_t count) {
     params.num_sinks = static_cast<int32_t>(spec_.num_sinks);
     params.pool_size = static_cast<int32_t>(spec_.pool_size);
     params.gate = spec_.gate;
-    params.softmax_scale = static_cast<float>(spec_.softmax_scale);
+    params.softmax_scale = spec_.softmax_scale;
     cpu::decode_step(params);
 
     EXPECT_GUARDS_INTACT(out);

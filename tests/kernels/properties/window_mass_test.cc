@@ -24,7 +24,7 @@ WindowMassParams common_mass_params(const Spec& spec) {
   params.num_kv_heads = static_cast<int32_t>(spec.num_kv_heads);
   params.head_dim = static_cast<int32_t>(spec.head_dim);
   params.window_size = static_cast<int32_t>(spec.window_size);
-  params.softmax_scale = static_cast<float>(spec.softmax_scale);
+  params.softmax_scale = spec.softmax_scale;
   return params;
 }
 

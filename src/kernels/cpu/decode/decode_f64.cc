@@ -46,7 +46,7 @@ void attend(const UnitState<double, double>& state, const std::vector<Run>& runs
     for (int64_t row = run.first_row; row < run.first_row + run.num_rows; ++row) {
       const bool from_ring = state.ring_k != nullptr && !run.is_far;
       const double* k = from_ring ? state.ring_k + (row - p.num_sinks) * p.head_dim : state.k + row * p.head_dim;
-      const double logit = dot(run.is_far ? q_far : q, k, p.head_dim) * static_cast<double>(p.softmax_scale);
+      const double logit = dot(run.is_far ? q_far : q, k, p.head_dim) * p.softmax_scale;
       rows.push_back({static_cast<int32_t>(row), run.is_slot, logit});
     }
   }

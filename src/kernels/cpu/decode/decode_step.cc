@@ -1,6 +1,6 @@
-// decode_step: checks the scores, changes the state, and shares the attention between OpenMP threads: whole (batch row,
-// KV head) units when there are enough of them to keep every thread busy, otherwise their tiles. At most one parallel
-// region per call.
+// decode_step: checks scores and state, changes the state, and shares the attention between OpenMP threads: whole
+// (batch row, KV head) units when there are enough of them to keep every thread busy, otherwise their tiles. At most
+// one parallel region per call.
 #include "kernels/cpu/decode/decode_step.h"
 
 #include <omp.h>
@@ -11,9 +11,11 @@
 
 #include "base/bf16.h"
 #include "base/error.h"
+#include "kernels/cpu/carried_state.h"
 #include "kernels/cpu/decode/decode_f64.h"
 #include "kernels/cpu/decode/tiles.h"
 #include "kernels/cpu/decode/unit_state.h"
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd/dispatch.h"
 
 namespace sparsek::cpu {
@@ -90,7 +92,7 @@ class alignas(64) UnitAttention {
                           .rows = std::min(step, run.first_row + run.num_rows - row),
                           .group = group_,
                           .head_dim = p.head_dim,
-                          .softmax_scale = p.softmax_scale});
+                          .softmax_scale = static_cast<float>(p.softmax_scale)});
         first_rows_.resize(tiles_.size());
         first_rows_.back() = row;
         if (!run.is_slot) num_window_tiles_ = static_cast<int32_t>(tiles_.size());
@@ -170,8 +172,12 @@ void step(const DecodeStepParams& p, const PerIsa<void (*)(const Tile&)>& attend
     if (num_threads == 1) {
       for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit, attention[0]);
     } else {
+      FirstError error;
 #pragma omp parallel for schedule(dynamic, 1)
-      for (int32_t unit = 0; unit < num_units; ++unit) whole_unit(unit, attention[omp_get_thread_num()]);
+      for (int32_t unit = 0; unit < num_units; ++unit) {
+        error.guard([&] { whole_unit(unit, attention[omp_get_thread_num()]); });
+      }
+      error.rethrow();
     }
     return;
   }
@@ -191,17 +197,21 @@ void step(const DecodeStepParams& p, const PerIsa<void (*)(const Tile&)>& attend
   }
 }
 
+// Before anything is changed.
 template <class Score>
-void check_scores(const DecodeStepParams& p) {
+void check_values(const DecodeStepParams& p) {
+  const CarriedSizes sizes{p.topk, p.window_size, p.num_sinks, p.pool_size};
   for (int32_t b = 0; b < p.batch; ++b) {
     const int64_t position = p.lengths[b] - p.window_size;
-    if (position < p.num_sinks) continue;
     for (int32_t h = 0; h < p.num_kv_heads; ++h) {
-      const Score u = static_cast<const Score*>(p.candidate_scores)[int64_t{b} * p.num_kv_heads + h];
+      const int64_t unit = int64_t{b} * p.num_kv_heads + h;
+      check_carried_state(p.slot_positions + unit * p.topk,
+                          static_cast<const Score*>(p.pool_scores) + unit * p.pool_size, p.pool_size, p.lengths[b],
+                          sizes, b, h);
+      if (position < p.num_sinks) continue;
+      const Score u = static_cast<const Score*>(p.candidate_scores)[unit];
       if (std::isfinite(u)) continue;
-      throw_data(
-          "decode_step: the score of the key at position {} is {} in batch row {}, KV head {}; scores must be finite",
-          position, u, b, h);
+      throw_data("scores must be finite, got {} at batch row {}, position {}, head {}", u, b, position, h);
     }
   }
 }
@@ -214,16 +224,16 @@ void decode_step(const DecodeStepParams& p) {
   assert((p.q_far != nullptr) == (p.k_far != nullptr) && (p.q_far != nullptr) == (p.ring_k != nullptr));
   switch (p.dtype) {
     case DType::kF64:
-      check_scores<double>(p);
+      check_values<double>(p);
       decode_step_f64(p);
       break;
     case DType::kF32:
-      check_scores<float>(p);
+      check_values<float>(p);
       step<float>(p, kAttendF32);
       break;
     default:
       assert(p.dtype == DType::kBF16);
-      check_scores<float>(p);
+      check_values<float>(p);
       step<BFloat16>(p, kAttendBf16);
   }
   for (int32_t b = 0; b < p.batch; ++b) p.lengths[b] += 1;

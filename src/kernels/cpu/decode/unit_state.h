@@ -146,8 +146,9 @@ struct UnitState {
   }
 
   int32_t empty_slot() const {
-    const int64_t* empty = std::find(slot_positions, slot_positions + params.topk, int64_t{-1});
-    assert(empty < slot_positions + params.topk);
+    const auto is_empty = [](int64_t position) { return position < 0; };
+    const int64_t* empty = std::find_if(slot_positions, slot_positions + params.topk, is_empty);
+    assert(empty < slot_positions + params.topk);  // decode_step has counted them
     return static_cast<int32_t>(empty - slot_positions);
   }
 
