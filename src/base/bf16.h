@@ -2,6 +2,7 @@
 #pragma once
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 namespace sparsek {
 
@@ -10,7 +11,9 @@ struct BFloat16 {
 };
 static_assert(sizeof(BFloat16) == 2);
 
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_float(BFloat16 x) {
+  return std::bit_cast<float>(uint32_t{x.bits} << 16);
+}
 
 inline BFloat16 to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -19,5 +22,12 @@ inline BFloat16 to_bf16(float x) {
 }
 
 float half_to_float(uint16_t half);
+
+// Of a half that may stand anywhere.
+inline float half_at(const uint8_t* bytes) {
+  uint16_t half;
+  std::memcpy(&half, bytes, sizeof(half));
+  return half_to_float(half);
+}
 
 }  // namespace sparsek

@@ -13,12 +13,6 @@
 namespace sparsek {
 namespace {
 
-float half_at(const uint8_t* bytes) {
-  uint16_t half;
-  std::memcpy(&half, bytes, 2);
-  return half_to_float(half);
-}
-
 // Rounds to nearest even; overflow gives infinity.
 uint16_t float_to_half(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);

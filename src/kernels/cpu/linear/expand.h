@@ -23,11 +23,7 @@ SPARSEK_INLINE VecF load_half(const uint8_t* p) {
   return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   VecF x;
-  for (int i = 0; i < kLanes; ++i) {
-    uint16_t half;
-    std::memcpy(&half, p + 2 * i, 2);
-    x[i] = half_to_float(half);
-  }
+  for (int i = 0; i < kLanes; ++i) x[i] = half_at(p + 2 * i);
   return x;
 #endif
 }

@@ -56,11 +56,6 @@ void pack_q8_0(const uint8_t* row, int64_t in_features, int lane, uint8_t* tile)
   }
 }
 
-float half_at(const uint8_t* bytes) {
-  uint16_t half;
-  std::memcpy(&half, bytes, 2);
-  return half_to_float(half);
-}
 uint32_t word_at(const uint8_t* bytes) {
   uint32_t word;
   std::memcpy(&word, bytes, 4);
