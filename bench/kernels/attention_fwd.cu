@@ -1,0 +1,45 @@
+// Check against double on the CPU, then timing, of the Hopper forward; no torch. Usage: bench_attention_fwd T heads kv_heads topk window soft far
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+#include <algorithm>
+#include <cstring>
+#include "kernels/cuda/sm90/attention_fwd/kernel.cuh"
+#include "kernels/cpu/select/select.h"
+using namespace sparsek::cuda;
+#define CK(x) do { cudaError_t e = (x); if (e != cudaSuccess) { printf("CUDA %s at %d: %s\n", #x, __LINE__, cudaGetErrorString(e)); exit(1);} } while (0)
+__device__ inline uint32_t hash(uint32_t x){x^=x>>16;x*=0x7feb352du;x^=x>>15;x*=0x846ca68bu;x^=x>>16;return x;}
+__global__ void fill(bf16* x, int64_t n, uint32_t seed, float scale){ int64_t i=blockIdx.x*256LL+threadIdx.x; if(i<n){ uint32_t a=hash(uint32_t(i)*2654435761u+seed), b=hash(a+77u); float u1=(a+1.0f)*2.3283064e-10f,u2=b*2.3283064e-10f; x[i]=__float2bfloat16(scale*sqrtf(-2*logf(u1))*cospif(2*u2)); } }
+template<class T> T* dev(const std::vector<T>& h){ T* d; CK(cudaMalloc(&d,h.size()*sizeof(T))); CK(cudaMemcpy(d,h.data(),h.size()*sizeof(T),cudaMemcpyHostToDevice)); return d; }
+template<bool S,bool F> void launch(const FwdParams& p, int grid){ static bool once=false; if(!once){ CK(cudaFuncSetAttribute(attention_fwd_kernel<S,F>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<F>))); once=true;} attention_fwd_kernel<S,F><<<grid,512,sizeof(Shared<F>)>>>(p); }
+int main(int argc,char** argv){
+  int T=atoi(argv[1]), N=atoi(argv[2]), KV=atoi(argv[3]), K=atoi(argv[4]), W=atoi(argv[5]), soft=atoi(argv[6]), far=atoi(argv[7]); int rising = argc>8?atoi(argv[8]):0; const int D=128; const int sinks=0;
+  std::mt19937 rng(5); std::normal_distribution<float> nd;
+  std::vector<float> u((size_t)T*KV), tau((size_t)KV*T); std::vector<int> ex((size_t)KV*T),fb(ex.size()),fe(ex.size());
+  for(size_t i=0;i<u.size();++i) u[i]= rising? 0.001f*(i/KV) : nd(rng);
+  sparsek::SelectParams sp{}; sp.dtype=sparsek::DType::kF32; sp.scores=u.data(); sp.tau=tau.data(); sp.expiry=ex.data(); sp.frac_begin=fb.data(); sp.frac_end=fe.data(); sp.scores_strides={(int64_t)T*KV,KV,1}; sp.out_strides={(int64_t)T*KV,1,T}; sp.batch=1; sp.seqlen=T; sp.num_kv_heads=KV; sp.num_documents=1; sp.topk=K; sp.window_size=W; sp.num_sinks=sinks; sp.pool_size=std::max(4*K,1024);
+  sparsek::cpu::select(sp);
+  std::vector<float> su((size_t)KV*T); std::vector<int> wb(T), begin((size_t)KV*T);
+  for(int h=0;h<KV;++h) for(int j=0;j<T;++j){ su[(size_t)h*T+j]=u[(size_t)j*KV+h]; begin[(size_t)h*T+j]=j+W; if(j+W>=T) ex[(size_t)h*T+j]=j+W; }
+  for(int i=0;i<T;++i) wb[i]=std::max(0,i-W+1);
+  bf16 *q,*k,*v,*qf,*kf,*o; size_t nq=(size_t)T*N*D, nk=(size_t)T*KV*D; CK(cudaMalloc(&q,nq*2));CK(cudaMalloc(&k,nk*2));CK(cudaMalloc(&v,nk*2));CK(cudaMalloc(&qf,nq*2));CK(cudaMalloc(&kf,nk*2));CK(cudaMalloc(&o,nq*2));
+  fill<<<(nq+255)/256,256>>>(q,nq,1,1.5f); fill<<<(nk+255)/256,256>>>(k,nk,2,1.f); fill<<<(nk+255)/256,256>>>(v,nk,3,1.f); fill<<<(nq+255)/256,256>>>(qf,nq,4,1.f); fill<<<(nk+255)/256,256>>>(kf,nk,5,1.f); CK(cudaMemset(o,0xff,nq*2));
+  FwdParams p{}; p.q=q;p.k=k;p.v=v;p.q_far=far?qf:q;p.k_far=far?kf:k; p.scores=dev(su);p.tau=dev(tau);p.window_begin=dev(wb);p.far_begin=dev(begin);p.far_end=dev(ex);p.out=o; CK(cudaMalloc(&p.lse,(size_t)N*T*4)); CK(cudaMemset(p.lse,0xff,(size_t)N*T*4));
+  p.q_batch=(int64_t)T*N*D;p.q_seq=N*D;p.q_head=D;p.k_batch=p.v_batch=(int64_t)T*KV*D;p.k_seq=p.v_seq=KV*D;p.k_head=p.v_head=D;p.o_batch=p.q_batch;p.o_seq=N*D;p.o_head=D;p.qf_batch=p.q_batch;p.qf_seq=N*D;p.qf_head=D;p.kf_batch=p.k_batch;p.kf_seq=KV*D;p.kf_head=D;
+  p.batch=1;p.seqlen_q=T;p.seqlen_k=T;p.num_carried=0;p.num_heads=N;p.num_kv_heads=KV;p.group=N/KV;p.positions_per_tile=128/p.group;p.chunk=kChunk/p.positions_per_tile*p.positions_per_tile; p.num_chunks=(T+p.chunk-1)/p.chunk;p.live_capacity=std::min(T,K+sinks+kChunk+8); int nblk=(T+kLiveRows-1)/kLiveRows; int32_t* counts; CK(cudaMalloc(&counts,(size_t)KV*nblk*p.num_chunks*12)); float scale=1/std::sqrt(128.f); p.scale_log2=scale*1.44269504f;
+  LiveRow* live; int32_t *lc,*lcls; CK(cudaMalloc(&lcls,(size_t)KV*p.num_chunks*8)); CK(cudaMalloc(&live,(size_t)KV*p.num_chunks*p.live_capacity*16)); CK(cudaMalloc(&lc,(size_t)KV*p.num_chunks*4)); p.live=live;p.live_count=lc;
+  { void* fn=nullptr; cudaDriverEntryPointQueryResult qr; CK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled",&fn,cudaEnableDefault,&qr)); auto enc=(CUresult(*)(CUtensorMap*,CUtensorMapDataType,cuuint32_t,void*,const cuuint64_t*,const cuuint64_t*,const cuuint32_t*,const cuuint32_t*,CUtensorMapInterleave,CUtensorMapSwizzle,CUtensorMapL2promotion,CUtensorMapFloatOOBfill))fn; auto mk=[&](CUtensorMap* m, const bf16* x){ cuuint64_t dims[4]={128,(cuuint64_t)T,(cuuint64_t)KV,1}; cuuint64_t st[3]={(cuuint64_t)KV*D*2,(cuuint64_t)D*2,(cuuint64_t)T*KV*D*2}; cuuint32_t box[4]={64,128,1,1}, es[4]={1,1,1,1}; CUresult r=enc(m,CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,4,(void*)x,dims,st,box,es,CU_TENSOR_MAP_INTERLEAVE_NONE,CU_TENSOR_MAP_SWIZZLE_128B,CU_TENSOR_MAP_L2_PROMOTION_L2_256B,CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE); if(r){printf("encode %d\n",(int)r);exit(1);} }; mk(&p.k_map,k); mk(&p.v_map,v); auto mkq=[&](CUtensorMap* m, const bf16* x){ cuuint64_t dims[4]={128,(cuuint64_t)N,(cuuint64_t)T,1}; cuuint64_t st[3]={(cuuint64_t)D*2,(cuuint64_t)N*D*2,(cuuint64_t)T*N*D*2}; cuuint32_t box[4]={64,(cuuint32_t)p.group,(cuuint32_t)p.positions_per_tile,1}, es[4]={1,1,1,1}; CUresult r=enc(m,CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,4,(void*)x,dims,st,box,es,CU_TENSOR_MAP_INTERLEAVE_NONE,CU_TENSOR_MAP_SWIZZLE_128B,CU_TENSOR_MAP_L2_PROMOTION_L2_256B,CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE); if(r){printf("encode q %d\n",(int)r);exit(1);} }; mkq(&p.q_map,p.q); mkq(&p.q_far_map,p.q_far);} 
+  int tiles=(T+p.positions_per_tile-1)/p.positions_per_tile; int grid=std::min(132,tiles*KV);
+  auto live_pass=[&]{ live_rows_kernel<0><<<dim3(nblk,KV,(p.num_chunks+31)/32),256>>>(p.far_begin,p.far_end,p.scores,p.tau,T,T,p.num_chunks,nblk,p.chunk,p.live_capacity,live,counts); live_offsets_kernel<<<dim3((p.num_chunks+7)/8,KV),256>>>(p.num_chunks,nblk,counts,lc,lcls); live_rows_kernel<1><<<dim3(nblk,KV,(p.num_chunks+31)/32),256>>>(p.far_begin,p.far_end,p.scores,p.tau,T,T,p.num_chunks,nblk,p.chunk,p.live_capacity,live,counts); };
+  auto run=[&]{ live_pass(); CK(cudaGetLastError()); if(soft){ if(far) launch<true,true>(p,grid); else launch<true,false>(p,grid);} else { if(far) launch<false,true>(p,grid); else launch<false,false>(p,grid);} CK(cudaGetLastError()); };
+  run(); CK(cudaDeviceSynchronize());
+  std::vector<bf16> hq(nq),hk(nk),hv(nk),ho(nq),hqf(nq),hkf(nk); std::vector<float> hl((size_t)N*T);
+  auto get=[&](auto& h,const auto* d){ CK(cudaMemcpy(h.data(),d,h.size()*sizeof(h[0]),cudaMemcpyDeviceToHost)); }; get(hq,q);get(hk,k);get(hv,v);get(ho,o);get(hqf,p.q_far);get(hkf,p.k_far);get(hl,p.lse);
+  double worst=0, worst_lse=0; int bad=-1; std::vector<int> rows; for(int i=0;i<T;i+=std::max(1,T/61)) rows.push_back(i); rows.push_back(T-1); for(int i=std::max(0,W-2);i<std::min(T,W+3);++i) rows.push_back(i); for(int x:{1,2,126,127,128,129,1023,1024,1025}) if(x<T) rows.push_back(x);
+  for(int i: rows) for(int h=0;h<N;h+= std::max(1,N/3)) { int kv=h/(N/KV); std::vector<std::pair<int,bool>> vis; for(int j=std::max(0,i-W+1);j<=i;++j) vis.push_back({j,false}); for(int j=0;j<T&&j+W<=i;++j) if(ex[(size_t)kv*T+j]>i) vis.push_back({j,true}); double m=-1e300; std::vector<double> s(vis.size()); for(size_t a=0;a<vis.size();++a){ auto [j,f]=vis[a]; double d=0; for(int c=0;c<D;++c) d+=(double)__bfloat162float((f?hqf:hq)[((size_t)i*N+h)*D+c])*__bfloat162float((f?hkf:hk)[((size_t)j*KV+kv)*D+c]); s[a]=d*scale; m=std::max(m,s[a]); } double l=0; std::vector<double> out(D,0.0); for(size_t a=0;a<vis.size();++a){ double e=exp(s[a]-m); l+=e; double g=1; if(soft&&vis[a].second) g=std::min(1.0,std::max(0.0,(double)su[(size_t)kv*T+vis[a].first]-tau[(size_t)kv*T+i])); for(int c=0;c<D;++c) out[c]+=e*g*__bfloat162float(hv[((size_t)vis[a].first*KV+kv)*D+c]); } double num=0,den=0; for(int c=0;c<D;++c){ double r=out[c]/l, x=__bfloat162float(ho[((size_t)i*N+h)*D+c]); num+=(r-x)*(r-x); den+=r*r; } double e=sqrt(num/den); if(!(e<=worst)) {worst=e;bad=i;} double le=fabs(hl[(size_t)h*T+i]-(m+log(l))); if(!(le<=worst_lse)) worst_lse=le; }
+  cudaEvent_t a,b; cudaEventCreate(&a); cudaEventCreate(&b); std::vector<float> ts,tl; for(int r=0;r<12;++r){ cudaEventRecord(a); run(); cudaEventRecord(b); CK(cudaEventSynchronize(b)); float ms; cudaEventElapsedTime(&ms,a,b); ts.push_back(ms); cudaEventRecord(a); live_pass(); cudaEventRecord(b); CK(cudaEventSynchronize(b)); cudaEventElapsedTime(&ms,a,b); tl.push_back(ms);} std::sort(ts.begin(),ts.end()); std::sort(tl.begin(),tl.end());
+  double useful=0; for(int i=0;i<T;++i) useful+=std::min(i+1,W)+std::min(std::max(0,i-W+1),K); useful*=4.0*D*N;
+  printf("T %d heads %d/%d k %d w %d soft %d far %d rising %d: row error %.4g (row %d) lse %.3g | %.3f ms (min %.3f max %.3f; live %.3f) %.0f TFLOP/s useful\n",T,N,KV,K,W,soft,far,rising,worst,bad,worst_lse,ts[6],ts[0],ts[11],tl[6],useful/ts[6]*1e-9);
+}
