@@ -14,19 +14,30 @@ struct WeightLayout {
 };
 constexpr WeightLayout layout(WeightType type) {
   switch (type) {
-    case WeightType::kF32: return {"F32", 1, 4};
-    case WeightType::kF16: return {"F16", 1, 2};
-    case WeightType::kBF16: return {"BF16", 1, 2};
-    case WeightType::kQ4_0: return {"Q4_0", 32, 18};
-    case WeightType::kQ4_1: return {"Q4_1", 32, 20};
-    case WeightType::kQ8_0: return {"Q8_0", 32, 34};
-    case WeightType::kQ4_K: return {"Q4_K", 256, 144};
-    case WeightType::kQ5_K: return {"Q5_K", 256, 176};
-    case WeightType::kQ6_K: return {"Q6_K", 256, 210};
+    case WeightType::kF32:
+      return {"F32", 1, 4};
+    case WeightType::kF16:
+      return {"F16", 1, 2};
+    case WeightType::kBF16:
+      return {"BF16", 1, 2};
+    case WeightType::kQ4_0:
+      return {"Q4_0", 32, 18};
+    case WeightType::kQ4_1:
+      return {"Q4_1", 32, 20};
+    case WeightType::kQ8_0:
+      return {"Q8_0", 32, 34};
+    case WeightType::kQ4_K:
+      return {"Q4_K", 256, 144};
+    case WeightType::kQ5_K:
+      return {"Q5_K", 256, 176};
+    case WeightType::kQ6_K:
+      return {"Q6_K", 256, 210};
   }
   return {"?", 1, 1};
 }
-constexpr const char* name(WeightType type) { return layout(type).name; }
+constexpr const char* name(WeightType type) {
+  return layout(type).name;
+}
 
 // `count` values, a multiple of the block size, from their blocks (little endian, no alignment needed) to float32.
 void dequantise(WeightType type, const uint8_t* blocks, int64_t count, float* out);

@@ -16,6 +16,7 @@
 
 #include "base/dtype.h"
 
+// clang-format off: each member's shape stands beside it.
 namespace sparsek {
 
 enum class Gate : uint8_t { kSoft, kHard };  // weight clamp(u - tau, 0, 1) on selected values, or 1 (eq. 7)

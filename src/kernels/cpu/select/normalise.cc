@@ -7,8 +7,8 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/cpu/select/finite.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/select/finite.h"
 #include "kernels/cpu/select/select.h"
 
 namespace sparsek::cpu {

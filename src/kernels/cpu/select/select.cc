@@ -10,9 +10,9 @@
 #include <span>
 #include <vector>
 
+#include "kernels/cpu/parallel.h"
 #include "kernels/cpu/select/finite.h"
 #include "kernels/cpu/select/lane.h"
-#include "kernels/cpu/parallel.h"
 
 namespace sparsek::cpu {
 namespace {

@@ -26,9 +26,12 @@ struct PerIsa {
   Function avx512;
   Function active() const {
     switch (active_isa()) {
-      case Isa::kAvx512: return avx512;
-      case Isa::kAvx2: return avx2;
-      default: return portable;
+      case Isa::kAvx512:
+        return avx512;
+      case Isa::kAvx2:
+        return avx2;
+      default:
+        return portable;
     }
   }
 };

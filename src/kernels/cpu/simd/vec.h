@@ -31,20 +31,28 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));  // kLanes bfloat16
 
-SPARSEK_INLINE VecF splat(float x) { return x - VecF{}; }  // x - 0 keeps -0.0
-SPARSEK_INLINE VecI splat_i(int32_t x) { return x - VecI{}; }
+SPARSEK_INLINE VecF splat(float x) {
+  return x - VecF{};
+}  // x - 0 keeps -0.0
+SPARSEK_INLINE VecI splat_i(int32_t x) {
+  return x - VecI{};
+}
 SPARSEK_INLINE VecF load(const float* p) {
   VecF x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-SPARSEK_INLINE void store(float* p, VecF x) { std::memcpy(p, &x, sizeof x); }
+SPARSEK_INLINE void store(float* p, VecF x) {
+  std::memcpy(p, &x, sizeof x);
+}
 SPARSEK_INLINE VecI load_i(const int32_t* p) {
   VecI x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-SPARSEK_INLINE VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
+SPARSEK_INLINE VecF select(VecI mask, VecF yes, VecF no) {
+  return mask ? yes : no;
+}
 SPARSEK_INLINE VecF max(VecF a, VecF b) {
 #if defined(SPARSEK_ISA_AVX512)
   return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
@@ -54,7 +62,9 @@ SPARSEK_INLINE VecF max(VecF a, VecF b) {
   return a > b ? a : b;
 #endif
 }
-SPARSEK_INLINE VecF min(VecF a, VecF b) { return -max(-a, -b); }
+SPARSEK_INLINE VecF min(VecF a, VecF b) {
+  return -max(-a, -b);
+}
 SPARSEK_INLINE float reduce_add(VecF x) {
 #if defined(SPARSEK_ISA_AVX512)
   return _mm512_reduce_add_ps((__m512)x);
