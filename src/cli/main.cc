@@ -9,6 +9,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "base/error.h"
 #include "cli/commands.h"
@@ -168,6 +169,13 @@ int run(int argc, char** argv) {
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }
 
+// "sparsek: message" on stderr, one line whatever names from files the message quotes.
+void report(std::string_view message) {
+  std::string line = "sparsek: ";
+  for (const char c : message) line += static_cast<unsigned char>(c) < 0x20 || c == 0x7f ? '?' : c;
+  fmt::print(stderr, "{}\n", line);
+}
+
 }  // namespace
 }  // namespace sparsek::cli
 
@@ -178,19 +186,19 @@ int main(int argc, char** argv) {
     cli::check_output();
     return exit_code;
   } catch (const UsageError& error) {
-    fmt::print(stderr, "sparsek: {}\n", error.what());
+    cli::report(error.what());
     return cli::kUsageErrorExitCode;
   } catch (const Interrupted& error) {
-    fmt::print(stderr, "sparsek: {}\n", error.what());
+    cli::report(error.what());
     return cli::kInterruptedExitCode;
   } catch (const std::bad_alloc&) {
     fmt::print(stderr, "sparsek: out of memory: close other programs, or use a smaller --chunk, --topk or --window\n");
     return cli::kDataErrorExitCode;
   } catch (const c10::Error& error) {  // what() would add a backtrace
-    fmt::print(stderr, "sparsek: {}\n", error.what_without_backtrace());
+    cli::report(error.what_without_backtrace());
     return cli::kDataErrorExitCode;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "sparsek: {}\n", error.what());
+    cli::report(error.what());
     return cli::kDataErrorExitCode;
   }
 }

@@ -208,3 +208,30 @@ def test_closed_output_is_an_error():
         result = subprocess.run([str(PROGRAM), "generate", "--model", "smollm2", "--prompt", "Hello", "--max-tokens", "4"],
                                 stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert result.returncode == 1 and b"standard output" in result.stderr
+
+
+def test_names_from_files_cannot_break_the_line(tmp_path, text):
+    name = b"evil\x1b[2J\nsecond line"
+    key = b"general.architecture"
+    path = tmp_path / "evil.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(name)) + name
+                     + bytes(64))
+    message = fails(1, "inspect", "--model", path)
+    assert message.count("\n") == 1 and "\x1b" not in message
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["perplexity"]])
+def test_a_full_disk_is_an_error(text, command):
+    arguments = [*command, *([str(text)] if command == ["perplexity"] else []), "--model", "smollm2", "--json"]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([str(PROGRAM), *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert result.returncode == 1 and b"standard output" in result.stderr
+
+
+def test_interrupt_reaches_a_waiting_read():
+    process = subprocess.Popen([str(PROGRAM), "generate", "--model", "smollm2", "--file", "-"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=30)
+    assert process.returncode == 130

@@ -212,7 +212,7 @@ class ChunkTest {
   void expect_state(const LaneState<T>& state, Score&& u, int64_t length, T tau) {
     std::vector<int64_t> ranked;
     for (int64_t j = spec_.num_sinks; j + spec_.window_size < length; ++j) ranked.push_back(j);
-    std::stable_sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) { return u(a) > u(b); });
+    std::sort(ranked.begin(), ranked.end(), [&](int64_t a, int64_t b) { return u(a) != u(b) ? u(a) > u(b) : a < b; });
     if (spec_.pool_size > 0 && std::ssize(ranked) > spec_.pool_size) ranked.resize(spec_.pool_size);
     std::vector<int64_t> slots = ranked;
     slots.resize(spec_.topk, -1);
