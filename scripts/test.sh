@@ -19,4 +19,4 @@ SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/py
 say "C++ tests under the address and undefined-behaviour sanitizers"
 cmake --preset asan > build/asan.log 2>&1 || { cat build/asan.log; exit 1; }
 ninja -C build/asan -j "$jobs" tests
-ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure -j 1 -LE slow
+ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS="suppressions=$PWD/tests/lsan.supp:print_suppressions=0" UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure -j 1 -LE slow
