@@ -20,7 +20,7 @@ def environment():
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()}, {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
 
 
