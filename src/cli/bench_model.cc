@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <omp.h>
 
-#include <chrono>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -14,17 +13,10 @@
 #include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
+#include "cli/stopwatch.h"
 #include "model/token_ids.h"
 
 namespace sparsek::cli {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-}  // namespace
 
 int run_bench_model(const BenchModelConfig& config) {
   if (config.decode_tokens < 1) throw_usage("--decode-tokens: wanted 1 or more, found {}", config.decode_tokens);
@@ -42,7 +34,7 @@ int run_bench_model(const BenchModelConfig& config) {
     if (context < 1) throw_usage("--context: wanted 1 or more tokens, found {}", context);
     model::DecodeState state = model.new_state();
     Progress progress("reading", "tokens", context);
-    const auto read_start = Clock::now();
+    const Stopwatch read_time;
     at::Tensor hidden;
     for (int64_t done = 0; done < context;) {
       const std::vector<int32_t> ids = random_ids(std::min(config.model.chunk_size, context - done));
@@ -52,14 +44,14 @@ int run_bench_model(const BenchModelConfig& config) {
       if (interrupted()) return kInterruptedExitCode;
     }
     model.logits(hidden.slice(0, hidden.size(0) - 1));
-    const double read_rate = static_cast<double>(context) / seconds_since(read_start);
-    const auto decode_start = Clock::now();
+    const double read_rate = static_cast<double>(context) / read_time.seconds();
+    const Stopwatch decode_time;
     for (int64_t i = 0; i < config.decode_tokens; ++i) {
       if (interrupted()) return kInterruptedExitCode;
       const std::vector<int32_t> id = random_ids(1);
       model.logits(model.forward(model::as_tensor(id), state));
     }
-    const double decode_rate = static_cast<double>(config.decode_tokens) / seconds_since(decode_start);
+    const double decode_rate = static_cast<double>(config.decode_tokens) / decode_time.seconds();
     if (!config.json) {
       fmt::print("{:>9} {:>16.0f} {:>16.1f} {:>12}\n", with_separators(context), read_rate, decode_rate,
                  human_bytes(static_cast<double>(state.size_in_bytes())));

@@ -3,7 +3,6 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
@@ -14,16 +13,12 @@
 #include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
+#include "cli/stopwatch.h"
 #include "data/chat_template.h"
 #include "infer/stop_matcher.h"
 
 namespace sparsek::cli {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // The text that a chat template puts before and after the user's message, whose own text is streamed between them as
 // plain text: special tokens inside a document are not obeyed.
@@ -65,7 +60,7 @@ int run_generate(const GenerateConfig& config) {
 
   model::DecodeState state = model.new_state();
   Prompt prompt(model, state, sampler, config.model.chunk_size);
-  const auto read_start = Clock::now();
+  const Stopwatch read_time;
   prompt.push(tokenizer.prefix());
   if (!before.empty()) prompt.push(tokenizer.encode(before, SpecialTokens::kParse));
   if (document) {
@@ -90,7 +85,7 @@ int run_generate(const GenerateConfig& config) {
   }
   const int64_t prompt_tokens = prompt.tokens();
   std::vector<float> logits = prompt.finish();
-  const double read_seconds = seconds_since(read_start);
+  const double read_seconds = read_time.seconds();
 
   TextStream stream(tokenizer);
   std::string text;
@@ -99,7 +94,7 @@ int run_generate(const GenerateConfig& config) {
     return config.json || write_out(piece);
   };
   bool writable = true;
-  const auto generate_start = Clock::now();
+  const Stopwatch generate_time;
   const int64_t generated =
       generate(model, state, sampler, std::move(logits), config.max_tokens,
                config.ignore_end ? std::span<const int32_t>() : std::span<const int32_t>(tokenizer.end_ids()),
@@ -107,7 +102,7 @@ int run_generate(const GenerateConfig& config) {
                  writable = emit(stop.push(stream.push(token)));
                  return writable && !stop.stopped() && !interrupted();
                });
-  const double generate_seconds = seconds_since(generate_start);
+  const double generate_seconds = generate_time.seconds();
   if (writable) writable = emit(stop.push(stream.finish()) + stop.finish());
   const char* reason = interrupted()                    ? "interrupted"
                        : stop.stopped()                 ? "stop sequence"
