@@ -37,6 +37,10 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");
   command.add_option("--scorer", config.attention.scorer, "window_mass, key_norm, or an adapter file")
       ->capture_default_str();
+  command.add_option(
+      "--slope", config.attention.slope,
+      fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
+                  model::kWindowMassSlope, model::kKeyNormSlope));
   command.add_option("--far-distance", flags.far_distance,
                      "rotary distance of keys outside the window, or off (default: sinks + topk + window)");
   command.add_option("--dtype", config.dtype, "bf16 or f32")->capture_default_str();

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kMaxKeys = int64_t{1} << 20;      // per kind of visible key: far above use, far below int32
 constexpr int64_t kMaxDistance = int64_t{1} << 40;  // positions stay exact in double
+constexpr double kMaxSlope = 1e6;                   // scores stay finite in float32 at any position
 
 int64_t in_range(const char* option, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) throw_usage("{}: expected {} to {}, got {}", option, low, high, value);
@@ -33,6 +34,18 @@ ScorerKind scorer_kind(const std::string& text) {
   if (text == "key_norm") return ScorerKind::kKeyNorm;
   if (text.empty()) throw_usage("--scorer: expected window_mass, key_norm or the path of an adapter, got nothing");
   return ScorerKind::kAdapter;
+}
+
+double choose_slope(const std::optional<double>& asked, ScorerKind scorer) {
+  if (scorer == ScorerKind::kAdapter) {
+    if (asked) throw_usage("--slope: expected none beside an adapter, which has its own, got {}; leave it out", *asked);
+    return 0;
+  }
+  const double slope = asked.value_or(scorer == ScorerKind::kWindowMass ? kWindowMassSlope : kKeyNormSlope);
+  if (!(slope >= 0 && slope <= kMaxSlope)) {  // NaN fails it
+    throw_usage("--slope: expected a score per 1,024 positions from 0 to {}, got {}", kMaxSlope, slope);
+  }
+  return slope;
 }
 
 }  // namespace
@@ -75,6 +88,7 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   if (!has_selection) {
     refuse("--topk", request.topk, request.kind, "sparsek");
     refuse("--gate", request.gate, request.kind, "sparsek");
+    refuse("--slope", request.slope, request.kind, "sparsek");
     if (request.scorer != AttentionRequest{}.scorer) {
       throw_usage("--scorer: applies to --attention sparsek only, not to {}; leave it out", name(request.kind));
     }
@@ -93,6 +107,7 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   if (has_selection) {
     config.scorer = scorer_kind(request.scorer);
     if (config.scorer == ScorerKind::kAdapter) config.adapter_path = request.scorer;
+    config.slope = choose_slope(request.slope, config.scorer);
     config.topk =
         in_range("--topk", choose("--topk", request.topk, proposed.topk, int64_t{124}, number, notices), 1, kMaxKeys);
     config.gate = choose("--gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);
@@ -122,6 +137,7 @@ std::string describe(const AttentionConfig& config) {
                          : config.scorer == ScorerKind::kKeyNorm  ? "key_norm"
                                                                   : config.adapter_path.c_str();
     text += fmt::format(" gate {} scorer {}", name(config.gate), scorer);
+    if (config.scorer != ScorerKind::kAdapter) text += fmt::format(" slope {}", config.slope);
   }
   text += config.has_far_rotary() ? fmt::format(" far-distance {}", config.far_distance) : " far-distance off";
   return text;

@@ -21,6 +21,10 @@ const char* name(Gate gate);           // "soft", "hard"
 AttentionKind parse_attention_kind(const std::string& text);  // --attention
 Gate parse_gate(const std::string& text);                     // --gate
 
+// Position slopes of the untrained scorers: what eq. 1 adds to a score per 1,024 positions.
+inline constexpr double kWindowMassSlope = 2;
+inline constexpr double kKeyNormSlope = 0;
+
 // Unset fields take defaults: sparsek 124/896/4, window 1020/4, or the adapter's own numbers.
 struct AttentionRequest {
   AttentionKind kind = AttentionKind::kSparsek;
@@ -30,6 +34,7 @@ struct AttentionRequest {
   std::optional<Gate> gate = {};             // --gate      sparsek only; hard for the untrained scorers
   std::optional<int64_t> far_distance = {};  // --far-distance, 0: off (true positions); default sinks + topk + window
   std::string scorer = "window_mass";        // --scorer    window_mass, key_norm, or the path of an adapter
+  std::optional<double> slope = {};          // --slope     untrained scorers only: an adapter has its own
 };
 
 struct AttentionConfig {
@@ -40,7 +45,8 @@ struct AttentionConfig {
   int64_t far_distance = 0;  // 0: far keys keep their true positions
   Gate gate = Gate::kHard;
   ScorerKind scorer = ScorerKind::kWindowMass;
-  std::string adapter_path = {};  // of ScorerKind::kAdapter
+  double slope = kWindowMassSlope;  // eq. 1, per 1,024 positions; unused by an adapter, which has one a head
+  std::string adapter_path = {};    // of ScorerKind::kAdapter
 
   bool has_far_rotary() const { return far_distance > 0; }
 };
@@ -56,8 +62,8 @@ struct AttentionDefaults {
 AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
                         std::vector<std::string>* notices);
 
-// One line for people and logs, e.g. "sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass far-distance
-// 1024".
+// One line for people and logs, e.g. "sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass slope 2
+// far-distance 1024".
 std::string describe(const AttentionConfig& config);
 
 }  // namespace sparsek::model

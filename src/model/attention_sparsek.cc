@@ -1,8 +1,9 @@
 // SparseK attention over the constant state of section 6: sinks, window, and the topk keys of highest score among those
 // that left the window. Where the score comes from:
-//   window_mass  u = y of eq. 1b, known when a key leaves the window; nothing is trained
-//   key_norm     u = -||k||_2, known at once; nothing is trained (a rotation does not change it)
-//   adapter      eq. 1 with the adapter's scorer, delayed as soon as a layer's alpha is not 0
+//   window_mass  r = y of eq. 1b, known when a key leaves the window; nothing is trained
+//   key_norm     r = -||k||_2, known at once; nothing is trained (a rotation does not change it)
+//   adapter      r from the adapter's scorer, delayed as soon as a layer's alpha is not 0
+// Eq. 1 makes u of r, for the untrained ones with a fixed slope alone.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -20,7 +21,7 @@ class SparsekAttention final : public Attention {
  public:
   SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
                    const Adapter* adapter)
-      : scorer_kind_(attention.scorer) {
+      : scorer_kind_(attention.scorer), untrained_(untrained_scale(config.num_kv_heads, attention.slope)) {
     if (adapter != nullptr) {
       timestep_norm_ = adapter->timestep_norm;
       for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer);
@@ -63,21 +64,22 @@ class SparsekAttention final : public Attention {
         std::tie(y, ring_mass) = ops::window_mass_chunk(in.q, in.k, state, options_, q_far, k_far);
       }
     }
-    at::Tensor stats, ring_scores;
-    at::Tensor scores = y;
+    at::Tensor ring_scores;
+    at::Tensor raw = y;
     if (scorer_kind_ == ScorerKind::kKeyNorm) {
-      scores = at::linalg_vector_norm(in.k, 2, at::IntArrayRef{-1}, false, at::kFloat).neg_();
+      raw = at::linalg_vector_norm(in.k, 2, at::IntArrayRef{-1}, false, at::kFloat).neg_();
     } else if (scorer_kind_ == ScorerKind::kAdapter) {
       const Scorer& scorer = scorers_[layer];
+      raw = scorer(in.x);
       if (options_.delayed_scores) {
         ring_scores = state.ring_scores.clone();
-        const at::Tensor leaving = exchange(scorer(in.x), position, ring_scores);
-        std::tie(scores, stats) = delayed_scores(scorer, leaving.add(y, scorer.alpha), position, state.stats);
-      } else {
-        std::tie(scores, stats) = ops::normalise_scores(scorer(in.x), scorer.beta, scorer.gamma, scorer.slope,
-                                                        state.stats, {}, timestep_norm_);
+        raw = exchange(raw, position, ring_scores).add(y, scorer.alpha);
       }
     }
+    // Delayed: query t's key has position position + t - window_size, and there is none before the document's start.
+    const int64_t num_missing = options_.delayed_scores ? options_.window_size - position : 0;
+    const ScoreScale& scale = scorers_.empty() ? untrained_ : scorers_[layer].scale;
+    const auto [scores, stats] = normalise(raw, scale, num_missing, state.stats);
 
     at::Tensor out;
     if (is_step) {
@@ -89,7 +91,7 @@ class SparsekAttention final : public Attention {
       state = std::move(next);
       if (ring_mass.defined()) state.ring_mass = std::move(ring_mass);
     }
-    if (stats.defined()) state.stats = std::move(stats);
+    state.stats = stats;
     if (ring_scores.defined()) state.ring_scores = std::move(ring_scores);
     return out;
   }
@@ -118,22 +120,23 @@ class SparsekAttention final : public Attention {
     return order;
   }
 
-  // Eq. 1 of the leaving keys raw [1, tokens, num_kv_heads]. Query t's key has position position + t - window_size;
-  // keys before the document's start neither enter the statistics nor get a score.
-  std::tuple<at::Tensor, at::Tensor> delayed_scores(const Scorer& scorer, const at::Tensor& raw, int64_t position,
-                                                    const at::Tensor& stats) const {
-    const int64_t missing = std::clamp(options_.window_size - position, int64_t{0}, raw.size(1));
-    at::Tensor scores = raw.clone();
-    if (missing == raw.size(1)) return {scores, stats};
-    auto [real, new_stats] = ops::normalise_scores(raw.narrow(1, missing, raw.size(1) - missing), scorer.beta,
-                                                   scorer.gamma, scorer.slope, stats, {}, timestep_norm_);
-    scores.narrow(1, missing, real.size(1)).copy_(real);
-    return {scores, new_stats};
+  // Eq. 1: raw [1, tokens, num_kv_heads] -> (scores, new stats). The first num_missing rows are no keys: they neither
+  // enter the statistics nor get a score.
+  std::tuple<at::Tensor, at::Tensor> normalise(const at::Tensor& raw, const ScoreScale& scale, int64_t num_missing,
+                                               const at::Tensor& stats) const {
+    if (num_missing >= raw.size(1)) return {raw, stats};
+    const auto eq1 = [&](const at::Tensor& rows) {
+      return ops::normalise_scores(rows, scale.beta, scale.gamma, scale.slope, stats, {}, timestep_norm_);
+    };
+    if (num_missing <= 0) return eq1(raw);
+    const auto [real, new_stats] = eq1(raw.narrow(1, num_missing, raw.size(1) - num_missing));
+    return {at::cat({raw.narrow(1, 0, num_missing), real}, 1), new_stats};
   }
 
   ScorerKind scorer_kind_;
   bool timestep_norm_ = false;
   std::vector<Scorer> scorers_;  // one a layer, adapters only
+  ScoreScale untrained_;         // without an adapter
   ops::AttentionOptions options_;
   ops::AttentionStateOptions state_options_;
 };

@@ -1,6 +1,7 @@
 #include "model/scorer.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/silu.h>
 
 namespace sparsek::model {
@@ -15,8 +16,12 @@ ops::PackedLinear pack(const at::Tensor& weight, const at::Tensor& bias) {
 
 }  // namespace
 
-Scorer::Scorer(const LayerScorer& weights)
-    : alpha(weights.alpha), beta(weights.beta), gamma(weights.gamma), slope(weights.slope) {
+ScoreScale untrained_scale(int64_t num_kv_heads, double slope) {
+  const auto filled = [&](double value) { return at::full({num_kv_heads}, value, at::kFloat); };
+  return {.beta = filled(0), .gamma = filled(1), .slope = filled(slope)};
+}
+
+Scorer::Scorer(const LayerScorer& weights) : alpha(weights.alpha), scale{weights.beta, weights.gamma, weights.slope} {
   if (weights.hidden_weight.defined()) hidden_ = pack(weights.hidden_weight, weights.hidden_bias);
   output_ = pack(weights.weight, {});
 }

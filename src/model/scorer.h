@@ -1,4 +1,4 @@
-// An adapter's scorer in the form its operations read: raw scores r of eq. 1 without the delayed part.
+// Scorers in the form their operations read.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -7,6 +7,15 @@
 
 namespace sparsek::model {
 
+// What eq. 1 makes of raw scores, apart from their statistics.
+struct ScoreScale {
+  at::Tensor beta, gamma, slope;  // [num_kv_heads]
+};
+
+// u = r + slope * j / 1024: the untrained scorers', with timestep normalisation off.
+ScoreScale untrained_scale(int64_t num_kv_heads, double slope);
+
+// An adapter's scorer: raw scores r of eq. 1 without the delayed part.
 class Scorer {
  public:
   explicit Scorer(const LayerScorer& weights);
@@ -14,7 +23,7 @@ class Scorer {
   at::Tensor operator()(const at::Tensor& x) const;
 
   double alpha = 0;
-  at::Tensor beta, gamma, slope;  // [num_kv_heads]
+  ScoreScale scale;
 
  private:
   ops::PackedLinear hidden_;  // undefined when linear

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "base/error.h"
 #include "tests/model/tiny_model.h"
 
@@ -20,7 +22,9 @@ std::string refusal(const AttentionRequest& request) {
 
 TEST(AttentionConfig, DefaultsOfEachKind) {
   const AttentionConfig sparsek = resolve({}, nullptr, nullptr);
-  EXPECT_EQ(describe(sparsek), "sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass far-distance 1024");
+  EXPECT_EQ(describe(sparsek), fmt::format("sparsek topk 124 window 896 sinks 4 gate hard scorer window_mass slope {} "
+                                           "far-distance 1024",
+                                           kWindowMassSlope));
   const AttentionConfig window = resolve({.kind = AttentionKind::kWindow}, nullptr, nullptr);
   EXPECT_EQ(describe(window), "window window 1020 sinks 4 far-distance 1024");
   EXPECT_EQ(describe(resolve({.kind = AttentionKind::kDense}, nullptr, nullptr)), "dense");
@@ -33,6 +37,15 @@ TEST(AttentionConfig, FarDistanceFollowsTheSizesUnlessGiven) {
   EXPECT_THAT(describe(off), HasSubstr("far-distance off"));
 }
 
+TEST(AttentionConfig, SlopeIsTheScorersUnlessGiven) {
+  EXPECT_EQ(AttentionConfig{}.slope, kWindowMassSlope);
+  EXPECT_EQ(resolve({}, nullptr, nullptr).slope, kWindowMassSlope);
+  EXPECT_EQ(resolve({.scorer = "key_norm"}, nullptr, nullptr).slope, kKeyNormSlope);
+  const AttentionConfig given = resolve({.scorer = "key_norm", .slope = 0.25}, nullptr, nullptr);
+  EXPECT_EQ(given.slope, 0.25);
+  EXPECT_THAT(describe(given), HasSubstr("scorer key_norm slope 0.25"));
+}
+
 TEST(AttentionConfig, NamesTheOptionThatIsOutOfRange) {
   EXPECT_THAT(refusal({.topk = 0}), AllOf(HasSubstr("--topk"), HasSubstr("got 0")));
   EXPECT_THAT(refusal({.topk = int64_t{1} << 40}), HasSubstr("--topk"));
@@ -40,12 +53,17 @@ TEST(AttentionConfig, NamesTheOptionThatIsOutOfRange) {
   EXPECT_THAT(refusal({.num_sinks = -1}), HasSubstr("--sinks"));
   EXPECT_THAT(refusal({.far_distance = -5}), HasSubstr("--far-distance"));
   EXPECT_THAT(refusal({.scorer = ""}), HasSubstr("--scorer"));
+  for (const double slope : {-0.5, double{NAN}, double{INFINITY}}) {
+    EXPECT_THAT(refusal({.slope = slope}), HasSubstr("--slope"));
+  }
 }
 
 TEST(AttentionConfig, RefusesOptionsThatDoNotApply) {
   EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .topk = 4}), AllOf(HasSubstr("--topk"), HasSubstr("window")));
   EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .gate = Gate::kSoft}), HasSubstr("--gate"));
   EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .scorer = "key_norm"}), HasSubstr("--scorer"));
+  EXPECT_THAT(refusal({.kind = AttentionKind::kWindow, .slope = 1}), HasSubstr("--slope"));
+  EXPECT_THAT(refusal({.scorer = "a.safetensors", .slope = 1}), AllOf(HasSubstr("--slope"), HasSubstr("adapter")));
   EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .window_size = 4}), HasSubstr("--window"));
   EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .num_sinks = 4}), HasSubstr("--sinks"));
   EXPECT_THAT(refusal({.kind = AttentionKind::kDense, .far_distance = 4}), HasSubstr("--far-distance"));

@@ -1,6 +1,6 @@
 // Runs a model over token ids from a file, for tests in Python and for measurements.
 //   model_tool MODEL IDS OUT what=logits|losses|none dtype=f32|bf16 chunk=512 steps=0 attention=dense|window|sparsek
-//              [topk= window= sinks= gate= far= scorer=]
+//              [topk= window= sinks= gate= far= scorer= slope=]
 // IDS: int32. The last `steps` tokens are read one at a time, the others in chunks. OUT: float32 logits [tokens, vocab]
 // or float64 losses [tokens - 1]. Prints one JSON object.
 #include <ATen/ops/from_blob.h>
@@ -64,6 +64,7 @@ int run(int argc, char** argv) {
   load.attention.num_sinks = number("sinks");
   load.attention.far_distance = number("far");
   if (options.contains("gate")) load.attention.gate = sparsek::model::parse_gate(options["gate"]);
+  if (options.contains("slope")) load.attention.slope = std::stod(options["slope"]);
   if (options.contains("scorer")) load.attention.scorer = options["scorer"];
   const double load_start = seconds();
   const Transformer model = Transformer::load(load);

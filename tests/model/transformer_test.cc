@@ -105,7 +105,9 @@ TEST_F(TransformerTest, AnyCutGivesTheSameLogits) {
       {.kind = AttentionKind::kWindow, .window_size = 1, .num_sinks = 0},
       {.kind = AttentionKind::kWindow, .window_size = 5, .num_sinks = 9, .far_distance = 0},
       {.topk = 8, .window_size = 12, .num_sinks = 2},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .slope = 20},
       {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .scorer = "key_norm"},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .scorer = "key_norm", .slope = 5},
   };
   std::vector<int32_t> ids = random_ids(90);
   for (const AttentionRequest& request : requests) {
@@ -136,6 +138,31 @@ TEST_F(TransformerTest, AdaptersGiveTheSameLogitsInAnyCut) {
         }
         EXPECT_GT(max_difference(whole, previous), 1e-3) << "every variant computes something else";
         previous = whole;
+      }
+    }
+  }
+}
+
+// window_mass with a slope is the adapter whose scorer gives 0 and whose alpha is 1.
+TEST_F(TransformerTest, UntrainedSlopeIsTheOneOfEquation1) {
+  std::vector<int32_t> ids = random_ids(90);
+  std::vector<float> previous;
+  for (const double slope : {0.0, 20.0}) {
+    Adapter same = load_adapter(adapter(/*alpha=*/1, /*hidden=*/0, /*timestep_norm=*/false), config_);
+    for (LayerScorer& layer : same.layers) {
+      layer.weight.zero_();
+      layer.beta.zero_();
+      layer.gamma.fill_(1);
+      layer.slope.fill_(slope);
+    }
+    save_adapter(folder_.file("same.safetensors"), same, config_);
+    AttentionRequest request{.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .slope = slope};
+    for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{90}, {3, 1, 1, 40, 2, 1}}) {
+      const std::vector<float> untrained = read(load(request), ids, pieces);
+      EXPECT_EQ(untrained, read(load({.scorer = folder_.file("same.safetensors")}), ids, pieces)) << slope;
+      if (pieces.size() == 1) {
+        EXPECT_GT(max_difference(untrained, previous), 1e-3) << "the slope changes what is kept";
+        previous = untrained;
       }
     }
   }

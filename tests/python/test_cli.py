@@ -8,7 +8,9 @@ import struct
 import subprocess
 import time
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = pathlib.Path(os.environ.get("SPARSEK_BUILD_DIR", ROOT / "build/release")) / "sparsek"
@@ -101,6 +103,41 @@ def test_inspect_shows_the_plan():
     assert run("inspect", "--model", "smollm2").returncode == 0
 
 
+def write_adapter(path, slope, **metadata):
+    """An adapter for SmolLM2 that is window_mass with a slope: the scorer gives 0, alpha is 1, no normalisation."""
+    tensors = {}
+    for layer in range(30):
+        tensors |= {f"layers.{layer}.scorer.weight": np.zeros((3, 576), np.float32), f"layers.{layer}.alpha": np.ones(1, np.float32),
+                    f"layers.{layer}.beta": np.zeros(3, np.float32), f"layers.{layer}.gamma": np.ones(3, np.float32),
+                    f"layers.{layer}.slope": np.full(3, slope, np.float32)}
+    known = dict(format="sparsek-adapter-1", base="", architecture="llama", num_layers=30, dim=576, num_heads=9, num_kv_heads=3,
+                 head_dim=64, vocab_size=49152, timestep_norm="false", gate="hard", topk=60, window_size=64, num_sinks=4,
+                 far_distance=128)
+    safetensors.numpy.save_file(tensors, path, {key: str(value) for key, value in (known | metadata).items()})
+    return path
+
+
+def test_slope_is_an_adapters_slope(tmp_path, text):
+    command = ["perplexity", text, "--model", "smollm2", "--json", "--max-tokens", 500]
+    losses = []
+    for slope in (0, 7.5):
+        untrained = json.loads(run(*command, "--topk", 60, "--window", 64, "--slope", slope).stdout)
+        adapter = json.loads(run(*command, "--scorer", write_adapter(tmp_path / "a.safetensors", slope)).stdout)
+        assert untrained["attention"] == f"sparsek topk 60 window 64 sinks 4 gate hard scorer window_mass slope {slope} far-distance 128"
+        assert untrained["loss"] == adapter["loss"]
+        losses.append(untrained["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_slope_in_every_command():
+    inspected = json.loads(run("inspect", "--model", "smollm2", "--json", "--scorer", "key_norm", "--slope", 0.5).stdout)
+    assert "scorer key_norm slope 0.5 " in inspected["attention"]
+    generated = run("generate", "--model", "smollm2", "--prompt", "x", "--max-tokens", 1, "--slope", 3, "--json")
+    assert "slope 3 " in json.loads(generated.stdout)["attention"]
+    timed = run("bench", "model", "--model", "smollm2", "--context", 4, "--decode-tokens", 1, "--slope", 0, "--json")
+    assert "slope 0 " in json.loads(timed.stdout)["attention"]
+
+
 def test_help_and_version():
     assert run("--help").returncode == 0
     assert run("generate", "--help").returncode == 0
@@ -121,6 +158,10 @@ def test_help_and_version():
     (["--no-such-option"], ["--no-such-option"]),
     (["--topk", "many"], ["--topk"]),
     (["--attention", "window", "--topk", "8"], ["--topk"]),
+    (["--attention", "window", "--slope", "1"], ["--slope"]),
+    (["--slope", "-1"], ["--slope", "-1"]),
+    (["--slope", "nan"], ["--slope", "nan"]),
+    (["--slope", "1", "--scorer", "a.safetensors"], ["--slope", "adapter"]),
 ])
 def test_wrong_usage_exits_2(text, options, mentions):
     fails(2, "perplexity", text, "--model", "smollm2", *options, mentions=mentions)
