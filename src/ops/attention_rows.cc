@@ -139,7 +139,9 @@ Tensors2 attention_rows_cpu(const Tensor& q, const Tensor& k, const Tensor& v, c
                   far_begin, far_end, frac_begin, frac_end, gate,  softmax_scale};
   check(rows);
   const auto [out, softmax_lse] = allocate_outputs(q);
-  cpu::attention_forward(Forward(rows, out, softmax_lse).params);
+  const Forward forward(rows, out, softmax_lse);
+  check_rows_values(forward.window_begin, forward.far_begin, forward.far_end);
+  cpu::attention_forward(forward.params);
   return {out, softmax_lse};
 }
 
@@ -184,6 +186,7 @@ Tensors6 backward_cpu(const Tensor& dout, const MaybeTensor& dlse, const Tensor&
   Tensors6 gradients = allocate_gradients(q, k, far, row_scores);
   auto& [dq, dk, dv, dq_far, dk_far, dscores] = gradients;
   const Forward forward(rows, outputs, lse);
+  check_rows_values(forward.window_begin, forward.far_begin, forward.far_end);
   AttentionBwdParams params{};
   params.fwd = forward.params;
   params.dout = dout_rows.const_data_ptr();

@@ -173,9 +173,38 @@ void check_cu_seqlens_values(const MaybeTensor& cu_seqlens, int64_t seqlen) {
 }
 
 void check_lengths_values(const Tensor& lengths) {
+  constexpr int64_t kMostTokens = int64_t{1} << 60;  // positions are added to it
   for (int64_t b = 0; b < lengths.size(0); ++b) {
     const int64_t length = lengths.const_data_ptr<int64_t>()[b];
     TORCH_CHECK_VALUE(length >= 0, "lengths must not be negative, got ", length, " in batch row ", b);
+    TORCH_CHECK_VALUE(length <= kMostTokens, "lengths must be at most 2^60, got ", length, " in batch row ", b);
+  }
+}
+
+void check_rows_values(const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end) {
+  const int64_t batch = window_begin.size(0), seqlen_q = window_begin.size(1), seqlen_k = far_begin.size(-1);
+  const int64_t lanes = batch > 0 && seqlen_k > 0 ? far_begin.numel() / (batch * seqlen_k) : 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* const window = window_begin.const_data_ptr<int32_t>() + b * seqlen_q;
+    for (int64_t i = 0; i < seqlen_q; ++i) {
+      const int64_t least = i > 0 ? window[i - 1] : 0, own = seqlen_k - seqlen_q + i;
+      TORCH_CHECK_VALUE(window[i] >= least && window[i] <= own, "window_begin must not decrease and lie between 0 and ",
+                        "the query's own row: between ", least, " and ", own, " at batch row ", b, ", query ", i,
+                        ", got ", window[i]);
+    }
+    for (int64_t lane = b * lanes; lane < (b + 1) * lanes; ++lane) {
+      const int32_t* const begin = far_begin.const_data_ptr<int32_t>() + lane * seqlen_k;
+      const int32_t* const end = far_end.const_data_ptr<int32_t>() + lane * seqlen_k;
+      int64_t leaves = 0;  // first query whose window begins behind the row
+      for (int64_t r = 0; r < seqlen_k; ++r) {
+        TORCH_CHECK_VALUE(r == 0 || begin[r] >= begin[r - 1], "far_begin must not decrease with the row, got ",
+                          begin[r - 1], " then ", begin[r], " at batch row ", b, ", row ", r);
+        while (leaves < seqlen_q && window[leaves] <= r) ++leaves;
+        TORCH_CHECK_VALUE(begin[r] >= leaves || end[r] <= begin[r], "far_begin must be at least ", leaves,
+                          ", the first query whose window the row has left, got ", begin[r], " at batch row ", b,
+                          ", row ", r);
+      }
+    }
   }
 }
 

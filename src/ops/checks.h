@@ -59,6 +59,10 @@ void check_cu_seqlens(const MaybeTensor& cu_seqlens, const char* name, const Ten
 void check_cu_seqlens_values(const MaybeTensor& cu_seqlens, int64_t seqlen);
 // CPU only: the values of a state's contiguous lengths.
 void check_lengths_values(const Tensor& lengths);
+// CPU only: what the kernels rely on in the row arrays (kernels/params.h), all contiguous. Windows hold the query's own
+// row and move one way, far_begin does not decrease with the row, and no query sees a row both ways. window_begin
+// [batch, seqlen_q]; far_begin and far_end [batch, seqlen_k] or [batch, num_kv_heads, seqlen_k].
+void check_rows_values(const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end);
 
 // Throws when a length does not fit the kernels' 32-bit indices.
 int32_t checked_int32(const char* name, int64_t value);

@@ -148,6 +148,7 @@ Tensors8 chunk_visibility_cpu(const Tensor& lengths, const Tensor& slot_expiry, 
     check_tensor({name, tensor, "[batch, num_kv_heads, size]"}, {batch, heads, size}, at::kInt, like, true);
   };
   check_tensor({"lengths", lengths, "[batch]"}, {batch}, at::kLong, like, true);
+  check_lengths_values(lengths);
   check_indices("slot_expiry", slot_expiry, topk);
   check_indices("slot_frac_begin", slot_frac_begin, topk);
   check_indices("slot_frac_end", slot_frac_end, topk);

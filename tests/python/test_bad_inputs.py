@@ -179,22 +179,48 @@ def test_fractions_outside_the_sequence() -> None:
     out.sum().backward()
     assert torch.isfinite(x.scores.grad).all()
 
-    rows_first = lambda t: t.detach().transpose(1, 2).contiguous()  # noqa: E731
-    q, k, v = x.q.detach(), x.k.detach(), x.v.detach()
-    positions = torch.arange(20, dtype=torch.int32)
-    window_begin = (positions - 4).clamp_min(0).expand(2, 20).contiguous()
-    far_begin = (positions + 5).expand(2, 2, 20).contiguous()
     for begin, end in ((0, 21), (-1, 3), (0, 2**30)):
         begins, ends = (torch.full((2, 2, 20), at, dtype=torch.int32) for at in (begin, end))
         message = f"frac_begin and frac_end must lie between 0 and seqlen_q = 20, got [{begin}, {end})"
         with pytest.raises(ValueError, match=re.escape(message)):
-            torch.ops.sparsek.attention_backward(
-                *(torch.ones_like(q), None, q, k, v, None, None, rows_first(x.scores), rows_first(tau), window_begin),
-                *(far_begin, rows_first(expiry), begins, ends, out.detach(), lse.detach()),
-                gate="soft",
-                softmax_scale=0.25,
-                deterministic=False,
-            )
+            backward_of_rows(frac_begin=begins, frac_end=ends)
+
+
+def backward_of_rows(**changes: torch.Tensor) -> None:
+    """attention_backward on the rows of a whole sequence of 20 positions, with some of them replaced."""
+    x = random_inputs(dtype=torch.float32, seqlen=20)
+    selection = sparsek.select(x.scores, **OPTIONS)
+    keywords = dict(window_size=5, num_sinks=2)
+    rows = torch.ops.sparsek._visibility(x.scores, *selection, **keywords)
+    out, lse = sparsek.attention_forward(x.q, x.k, x.v, x.scores, *selection, **keywords)
+    names = ("row_scores", "tau", "window_begin", "far_begin", "far_end", "frac_begin", "frac_end")
+    arguments = dict(zip(names, rows)) | changes
+    torch.ops.sparsek.attention_backward(
+        *(torch.ones_like(out), None, x.q, x.k, x.v, None, None, *arguments.values(), out, lse),
+        gate="soft",
+        softmax_scale=0.25,
+        deterministic=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("window_begin", 7, 8, "between 2 and 7 at batch row 1, query 7, got 8"),
+        ("window_begin", 7, 1, "between 2 and 7 at batch row 1, query 7, got 1"),
+        ("window_begin", 0, -1, "between 0 and 0 at batch row 1, query 0, got -1"),
+        ("window_begin", 19, 2**31 - 1, "between 14 and 19 at batch row 1, query 19, got 2147483647"),
+        ("far_begin", 6, 9, "far_begin must not decrease with the row, got 10 then 9 at batch row 1, row 6"),
+        ("far_begin", 0, 4, "far_begin must be at least 5, the first query whose window the row has left, got 4"),
+    ],
+)
+def test_rows_that_no_selection_made(name: str, index: int, value: int, message: str) -> None:
+    positions = torch.arange(20, dtype=torch.int32)
+    rows = {"window_begin": (positions - 4).clamp_min(0).repeat(2, 1), "far_begin": (positions + 5).repeat(2, 2, 1)}
+    backward_of_rows(**rows)
+    rows[name][1, ..., index] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        backward_of_rows(**rows)
 
 
 def test_sparsek() -> None:
@@ -253,6 +279,11 @@ STATE_CASES: dict[str, tuple[Callable[[], sparsek.AttentionState], type, str]] =
         ValueError,
         "lengths must not be negative, got -1 in batch row 1",
     ),
+    "enormous length": (
+        lambda: state()._replace(lengths=torch.tensor([2**63 - 1, 0])),
+        ValueError,
+        "lengths must be at most 2^60, got 9223372036854775807 in batch row 0",
+    ),
     "slot positions": (
         lambda: state()._replace(slot_positions=torch.zeros(2, 2, 4)),
         TypeError,
@@ -276,7 +307,8 @@ def unchanged(call: Callable[[sparsek.AttentionState], object], before: sparsek.
     copy = sparsek.AttentionState(*(None if t is None else t.clone() for t in before))
     with pytest.raises((ValueError, RuntimeError)):
         call(copy)
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(copy, before))
+    same = lambda a, b: torch.equal(a.nan_to_num(), b.nan_to_num())  # noqa: E731
+    return all(a is b is None or same(a, b) for a, b in zip(copy, before))
 
 
 def test_decode_step() -> None:
@@ -295,6 +327,12 @@ def test_decode_step() -> None:
     assert unchanged(lambda s: sparsek.decode_step(x.q, x.k, x.v, x.scores, s, **OPTIONS), state())
 
 
+def changed(tensor: torch.Tensor, index: int, value: float) -> torch.Tensor:
+    copy = tensor.clone()
+    copy[0, 0, index] = value
+    return copy
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_state_that_does_not_fit_its_lengths(dtype: torch.dtype) -> None:
     """Set back to be used again, or taken from elsewhere: refused, nothing written."""
@@ -306,6 +344,9 @@ def test_a_state_that_does_not_fit_its_lengths(dtype: torch.dtype) -> None:
         (filled._replace(lengths=length * 0), "a state of 0 tokens must hold 0 selected keys, found 4 in batch row 0"),
         (state(dtype=dtype)._replace(lengths=length), "a state of 30 tokens must hold 4 selected keys, found 0"),
         (filled._replace(lengths=length + 5), "a state of 35 tokens must hold 28 pool scores, found 23 in batch row 0"),
+        (filled._replace(pool_scores=changed(filled.pool_scores, 3, torch.nan)), "pool_scores must be finite .* descend"),
+        (filled._replace(pool_scores=changed(filled.pool_scores, 3, 99.0)), "pool_scores must be finite .* and descend"),
+        (filled._replace(slot_scores=changed(filled.slot_scores, 1, torch.nan)), "slot_scores must be finite"),
     ]
     for wrong, message in cases:
         for call in (sparsek.attention_chunk, sparsek.decode_step):
@@ -313,6 +354,9 @@ def test_a_state_that_does_not_fit_its_lengths(dtype: torch.dtype) -> None:
             with pytest.raises(RuntimeError, match=message):
                 step(wrong)
             assert unchanged(step, wrong)
+    other = filled._replace(slot_scores=changed(filled.slot_scores, 1, -99.0))
+    with pytest.raises(RuntimeError, match="slot_scores must be the highest pool_scores"):
+        sparsek.attention_chunk(last.q, last.k, last.v, last.scores, other, **OPTIONS)
 
 
 def test_scores_that_are_not_finite_are_refused_once_they_compete() -> None:

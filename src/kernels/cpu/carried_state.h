@@ -1,5 +1,6 @@
 // How much of a carried state (section 6) its length says is in use. A state that disagrees, for instance one whose
-// lengths alone were set back to zero, would be indexed past its slots.
+// lengths alone were set back to zero, would be indexed past its slots; one with scores that are not ordered (NaN)
+// would be merged past its pool.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,8 +17,20 @@ struct CarriedSizes {
 // The number of pool scores in use. Throws unless slots and pool of one (batch row, KV head) hold what `length` tokens
 // leave; a pool without limit may have dropped scores that will never matter again, down to topk.
 template <class Score>
-int64_t check_carried_state(const int64_t* slot_positions, const Score* pool_scores, int64_t pool_capacity,
-                            int64_t length, const CarriedSizes& sizes, int64_t batch_row, int64_t kv_head) {
+int64_t check_carried_state(const Score* slot_scores, const int64_t* slot_positions, const Score* pool_scores,
+                            int64_t pool_capacity, int64_t length, const CarriedSizes& sizes, int64_t batch_row,
+                            int64_t kv_head) {
+  constexpr Score kLargest = std::numeric_limits<Score>::max();
+  // No early exit, so that these loops use vectors.
+  bool is_ordered = pool_capacity == 0 || pool_scores[0] <= kLargest;
+  for (int64_t r = 1; r < pool_capacity; ++r) is_ordered &= pool_scores[r - 1] >= pool_scores[r];
+  if (!is_ordered) {
+    throw_data("pool_scores must be finite (-inf where unused) and descend, but do not in batch row {}, KV head {}",
+               batch_row, kv_head);
+  }
+  bool is_finite = true;
+  for (int64_t s = 0; s < sizes.topk; ++s) is_finite &= slot_scores[s] >= -kLargest && slot_scores[s] <= kLargest;
+  if (!is_finite) throw_data("slot_scores must be finite, but are not in batch row {}, KV head {}", batch_row, kv_head);
   constexpr Score kUnused = -std::numeric_limits<Score>::infinity();
   const int64_t candidates = std::max<int64_t>(0, length - sizes.window_size - sizes.num_sinks);
   const int64_t wanted_slots = std::min<int64_t>(candidates, sizes.topk);

@@ -205,7 +205,7 @@ void check_values(const DecodeStepParams& p) {
     const int64_t position = p.lengths[b] - p.window_size;
     for (int32_t h = 0; h < p.num_kv_heads; ++h) {
       const int64_t unit = int64_t{b} * p.num_kv_heads + h;
-      check_carried_state(p.slot_positions + unit * p.topk,
+      check_carried_state(static_cast<const Score*>(p.slot_scores) + unit * p.topk, p.slot_positions + unit * p.topk,
                           static_cast<const Score*>(p.pool_scores) + unit * p.pool_size, p.pool_size, p.lengths[b],
                           sizes, b, h);
       if (position < p.num_sinks) continue;

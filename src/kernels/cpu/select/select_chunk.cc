@@ -164,10 +164,14 @@ void select_chunk_typed(const SelectChunkParams& params) {
     ChunkLane<T>& chunk_lane = chunk_lanes[row];
     const T* pool = static_cast<const T*>(params.pool_scores) + row * params.pool_capacity;
     const CarriedSizes sizes{params.topk, params.window_size, params.num_sinks, params.pool_size};
-    chunk_lane.num_used = check_carried_state(params.slot_positions + row * params.topk, pool, params.pool_capacity,
-                                              params.lengths[b], sizes, b, h);
-    chunk_lane.slot_order = order_slots(static_cast<const T*>(params.slot_scores) + row * params.topk,
-                                        params.slot_positions + row * params.topk, params.topk);
+    const T* const slot_scores = static_cast<const T*>(params.slot_scores) + row * params.topk;
+    chunk_lane.num_used = check_carried_state(slot_scores, params.slot_positions + row * params.topk, pool,
+                                              params.pool_capacity, params.lengths[b], sizes, b, h);
+    chunk_lane.slot_order = order_slots(slot_scores, params.slot_positions + row * params.topk, params.topk);
+    for (size_t rank = 0; rank < chunk_lane.slot_order.size(); ++rank) {
+      if (slot_scores[chunk_lane.slot_order[rank]] == pool[rank]) continue;
+      throw_data("slot_scores must be the highest pool_scores, but are not in batch row {}, KV head {}", b, h);
+    }
     chunk_lane.first_query = first_candidate_query(params, b);
     lane.carried = pool;
     lane.num_carried = chunk_lane.num_used;
