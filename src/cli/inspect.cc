@@ -14,6 +14,7 @@
 #include "data/hf_checkpoint.h"
 #include "data/quote.h"
 #include "model/adapter.h"
+#include "model/state_size.h"
 
 namespace sparsek::cli {
 namespace {

@@ -121,13 +121,6 @@ LayerScorer read_layer(const Reader& file, const ModelConfig& model, int64_t lay
 
 }  // namespace
 
-bool Adapter::uses_delayed_score() const {
-  for (const LayerScorer& layer : layers) {
-    if (layer.alpha != 0) return true;
-  }
-  return false;
-}
-
 Adapter load_adapter(const std::string& path, const ModelConfig& model) {
   const Reader file(path);
   check_model(file, model);
@@ -142,7 +135,10 @@ Adapter load_adapter(const std::string& path, const ModelConfig& model) {
   adapter.attention.window_size = file.integer("window_size", 1, int64_t{1} << 20);
   adapter.attention.num_sinks = file.integer("num_sinks", 0, int64_t{1} << 20);
   adapter.attention.far_distance = file.integer("far_distance", 0, int64_t{1} << 40);
-  for (int64_t layer = 0; layer < model.num_layers; ++layer) adapter.layers.push_back(read_layer(file, model, layer));
+  for (int64_t layer = 0; layer < model.num_layers; ++layer) {
+    adapter.layers.push_back(read_layer(file, model, layer));
+    adapter.attention.delayed_scores |= adapter.layers.back().alpha != 0;
+  }
   return adapter;
 }
 

@@ -35,8 +35,6 @@ struct Adapter {
   bool timestep_norm = true;
   AttentionDefaults attention;
   std::vector<LayerScorer> layers;
-
-  bool uses_delayed_score() const;  // any alpha is not 0
 };
 
 // Throws DataError naming file and key or tensor: no adapter, of another model, missing or misshapen tensors, values

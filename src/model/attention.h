@@ -28,8 +28,6 @@ class Attention {
   // state. The same numbers, up to floating-point order, however a document is cut.
   virtual at::Tensor forward(const AttentionInputs& inputs, int64_t layer, int64_t position,
                              LayerState& state) const = 0;
-  // Of one layer after `tokens` tokens.
-  virtual int64_t state_bytes(int64_t tokens) const = 0;
 };
 
 // `adapter` is null unless the scorer is one; it is read while building and may go afterwards.

@@ -108,6 +108,7 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
     config.scorer = scorer_kind(request.scorer);
     if (config.scorer == ScorerKind::kAdapter) config.adapter_path = request.scorer;
     config.slope = choose_slope(request.slope, config.scorer);
+    config.delayed_scores = config.scorer == ScorerKind::kWindowMass || proposed.delayed_scores;
     config.topk =
         in_range("--topk", choose("--topk", request.topk, proposed.topk, int64_t{124}, number, notices), 1, kMaxKeys);
     config.gate = choose("--gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);

@@ -46,15 +46,17 @@ struct AttentionConfig {
   Gate gate = Gate::kHard;
   ScorerKind scorer = ScorerKind::kWindowMass;
   double slope = kWindowMassSlope;  // eq. 1, per 1,024 positions; unused by an adapter, which has one a head
+  bool delayed_scores = true;       // the scorer reads y of eq. 1b; of an adapter once its metadata were given
   std::string adapter_path = {};    // of ScorerKind::kAdapter
 
   bool has_far_rotary() const { return far_distance > 0; }
 };
 
-// What an adapter's metadata proposes; null members are not proposed.
+// What an adapter proposes; null members are not proposed.
 struct AttentionDefaults {
   std::optional<int64_t> topk = {}, window_size = {}, num_sinks = {}, far_distance = {};
   std::optional<Gate> gate = {};
+  bool delayed_scores = false;  // a fact, not a proposal: some layer's alpha is not 0
 };
 
 // Throws UsageError naming the option when a value is out of range or does not apply to the kind. `adapter` is null

@@ -39,10 +39,6 @@ class DenseAttention final : public Attention {
     return ops::row_attention(row_inputs);
   }
 
-  int64_t state_bytes(int64_t tokens) const override {
-    return 2 * num_kv_heads_ * tokens * head_dim_ * static_cast<int64_t>(c10::elementSize(dtype_));
-  }
-
  private:
   // Writes x [1, tokens, num_kv_heads, head_dim] as rows position .. of the cache, growing it by a quarter when full.
   void append(const at::Tensor& x, int64_t position, at::Tensor& cache) const {

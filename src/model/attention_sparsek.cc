@@ -13,6 +13,7 @@
 
 #include "model/attention.h"
 #include "model/scorer.h"
+#include "model/state_size.h"
 
 namespace sparsek::model {
 namespace {
@@ -21,26 +22,18 @@ class SparsekAttention final : public Attention {
  public:
   SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
                    const Adapter* adapter)
-      : scorer_kind_(attention.scorer), untrained_(untrained_scale(config.num_kv_heads, attention.slope)) {
+      : scorer_kind_(attention.scorer),
+        untrained_(untrained_scale(config.num_kv_heads, attention.slope)),
+        state_options_(state_options(config, attention, dtype)) {
     if (adapter != nullptr) {
       timestep_norm_ = adapter->timestep_norm;
       for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer);
     }
-    const bool is_delayed =
-        scorer_kind_ == ScorerKind::kWindowMass || (adapter != nullptr && adapter->uses_delayed_score());
     options_.topk = attention.topk;
     options_.window_size = attention.window_size;
     options_.num_sinks = attention.num_sinks;
     options_.gate = name(attention.gate);
-    options_.delayed_scores = is_delayed;
-    state_options_.num_kv_heads = config.num_kv_heads;
-    state_options_.head_dim = config.head_dim;
-    state_options_.topk = attention.topk;
-    state_options_.window_size = attention.window_size;
-    state_options_.num_sinks = attention.num_sinks;
-    state_options_.far_rotary = attention.has_far_rotary();
-    state_options_.delayed_scores = is_delayed;
-    state_options_.dtype = dtype;
+    options_.delayed_scores = attention.delayed_scores;
   }
 
   LayerState new_state() const override {
@@ -95,8 +88,6 @@ class SparsekAttention final : public Attention {
     if (ring_scores.defined()) state.ring_scores = std::move(ring_scores);
     return out;
   }
-
-  int64_t state_bytes(int64_t) const override { return ops::size_in_bytes(ops::new_attention_state(state_options_)); }
 
  private:
   // Puts the raw scores of the chunk's tokens [1, tokens, num_kv_heads] into the ring [1, num_kv_heads, window_size]

@@ -37,10 +37,6 @@ class WindowAttention final : public Attention {
     return out;
   }
 
-  int64_t state_bytes(int64_t) const override {
-    return 2 * num_kv_heads_ * (num_sinks_ + window_size_) * head_dim_ * static_cast<int64_t>(c10::elementSize(dtype_));
-  }
-
  private:
   static at::Tensor as_rows(const at::Tensor& head_major) { return head_major.transpose(0, 1).unsqueeze(0); }
 

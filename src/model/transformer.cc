@@ -12,6 +12,7 @@
 #include "model/memory_check.h"
 #include "model/mlp.h"
 #include "model/rope.h"
+#include "model/state_size.h"
 #include "model/weights.h"
 
 namespace sparsek::model {
@@ -197,19 +198,6 @@ std::vector<double> Transformer::losses(const at::Tensor& hidden, const at::Tens
     std::copy_n(block.const_data_ptr<double>(), rows, losses.data() + first);
   }
   return losses;
-}
-
-int64_t state_size_in_bytes(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
-                            int64_t tokens) {
-  const c10::InferenceMode inference;
-  std::unique_ptr<Attention> kind;
-  if (attention.scorer == ScorerKind::kAdapter && attention.kind == AttentionKind::kSparsek) {
-    const Adapter adapter = load_adapter(attention.adapter_path, config);
-    kind = make_attention(config, attention, dtype, &adapter);
-  } else {
-    kind = make_attention(config, attention, dtype, nullptr);
-  }
-  return config.num_layers * kind->state_bytes(tokens);
 }
 
 }  // namespace sparsek::model

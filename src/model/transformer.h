@@ -58,9 +58,4 @@ class Transformer {
   std::unique_ptr<Parts> parts_;
 };
 
-// Bytes of a DecodeState after `tokens` tokens, without a model: what `inspect` plans with. Grows with tokens for the
-// dense kind only.
-int64_t state_size_in_bytes(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
-                            int64_t tokens);
-
 }  // namespace sparsek::model

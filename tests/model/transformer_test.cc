@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "model/adapter.h"
 #include "model/checkpoint.h"
+#include "model/state_size.h"
 #include "tests/model/tiny_model.h"
 
 namespace sparsek::model {
@@ -211,6 +212,46 @@ TEST_F(TransformerTest, StateBytesFollowTheFormulaAndDoNotGrow) {
   }
   const AttentionConfig dense{.kind = AttentionKind::kDense};
   EXPECT_EQ(state_size_in_bytes(config_, dense, at::kBFloat16, 1000), 2 * 1000 * 2 * 2 * 8 * 2);
+}
+
+TEST(StateSize, FormulaIsWhatIsAllocated) {
+  for (const auto& [topk, window, sinks] : {std::tuple{8, 12, 2}, {1, 1, 0}, {300, 7, 5}}) {
+    for (const std::optional<int64_t> pool : {std::optional<int64_t>(), {0}, {topk + 1}}) {
+      for (const int option : {0, 1, 2, 3}) {
+        for (const at::ScalarType dtype : {at::kBFloat16, at::kFloat, at::kDouble}) {
+          const ops::AttentionStateOptions options{.batch = 2,
+                                                   .num_kv_heads = 3,
+                                                   .head_dim = 24,
+                                                   .topk = topk,
+                                                   .window_size = window,
+                                                   .num_sinks = sinks,
+                                                   .pool_size = pool,
+                                                   .far_rotary = (option & 1) != 0,
+                                                   .delayed_scores = (option & 2) != 0,
+                                                   .dtype = dtype};
+          EXPECT_EQ(state_size_in_bytes(options), ops::size_in_bytes(ops::new_attention_state(options)))
+              << "topk " << topk << " pool " << pool.value_or(-1) << " option " << option << " " << dtype;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(TransformerTest, StateBytesOfEveryKindAreThoseOfTheState) {
+  std::vector<int32_t> ids = random_ids(30);
+  for (const AttentionRequest& request :
+       std::vector<AttentionRequest>{{.kind = AttentionKind::kWindow, .window_size = 12, .num_sinks = 3},
+                                     {.topk = 8, .window_size = 12},
+                                     {.topk = 8, .window_size = 12, .far_distance = 0, .scorer = "key_norm"},
+                                     {.scorer = adapter(/*alpha=*/0, /*hidden=*/0, /*timestep_norm=*/true)}}) {
+    const Transformer model = load(request);
+    DecodeState state = model.new_state();
+    model.forward(as_tensor(ids, 0, 30), state);
+    EXPECT_EQ(state_size_in_bytes(config_, model.attention(), at::kFloat, 30), state.size_in_bytes())
+        << describe(model.attention());
+  }
+  const Transformer delayed = load({.scorer = adapter(/*alpha=*/0.5, /*hidden=*/0, /*timestep_norm=*/true)});
+  EXPECT_EQ(state_size_in_bytes(config_, delayed.attention(), at::kFloat, 30), delayed.new_state().size_in_bytes());
 }
 
 TEST_F(TransformerTest, RefusesIdsOutsideTheVocabulary) {
