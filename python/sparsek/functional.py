@@ -19,10 +19,6 @@ from torch import Tensor
 _ops = torch.ops.sparsek
 
 
-def _default_pool_size(topk: int) -> int:
-    return max(4 * topk, 1024)
-
-
 def sparsek(z: Tensor, k: int) -> Tensor:
     """The projection of z onto {p: 0 <= p <= 1, sum p = k} along the last dimension (eq. 2).
 
@@ -261,23 +257,23 @@ def new_state(
     device: Optional[torch.device] = None,
 ) -> AttentionState:
     """The state before the first token (section 6)."""
-    scores = torch.float64 if dtype == torch.float64 else torch.float32
-    pool = _default_pool_size(topk) if pool_size is None else pool_size
-    heads = (batch, num_kv_heads)
-    rows = (*heads, num_sinks + window_size + topk, head_dim)
-    ring_k = torch.zeros(*heads, window_size, head_dim, dtype=dtype, device=device) if far_rotary else None
-    ring_mass = torch.zeros(*heads, window_size, dtype=scores, device=device) if delayed_scores else None
-    return AttentionState(
-        k=torch.zeros(rows, dtype=dtype, device=device),
-        v=torch.zeros(rows, dtype=dtype, device=device),
-        ring_k=ring_k,
-        ring_scores=torch.zeros(*heads, window_size, dtype=scores, device=device),
-        ring_mass=ring_mass,
-        slot_scores=torch.zeros(*heads, topk, dtype=scores, device=device),
-        slot_positions=torch.full((*heads, topk), -1, dtype=torch.int64, device=device),
-        pool_scores=torch.full((*heads, pool or topk), -torch.inf, dtype=scores, device=device),
-        stats=torch.zeros(*heads, 3, dtype=torch.float64, device=device),
-        lengths=torch.zeros(batch, dtype=torch.int64, device=device),
+    state = AttentionState(
+        *_ops.new_state(
+            batch=batch,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            topk=topk,
+            window_size=window_size,
+            num_sinks=num_sinks,
+            pool_size=pool_size,
+            far_rotary=far_rotary,
+            delayed_scores=delayed_scores,
+            dtype=dtype,
+            device=device,
+        )
+    )
+    return state._replace(
+        ring_k=state.ring_k if far_rotary else None, ring_mass=state.ring_mass if delayed_scores else None
     )
 
 
@@ -445,6 +441,4 @@ def leaving_mass(state: AttentionState, *, window_size: int) -> Tensor:
     """y [batch, 1, num_kv_heads] of the key that the next `decode_step` makes a candidate (eq. 1b)."""
     if state.ring_mass is None:
         raise ValueError("the state has no ring_mass: create it with delayed_scores=True")
-    row = (state.lengths % window_size).view(-1, 1, 1).expand(-1, state.ring_mass.size(1), 1)
-    mass = state.ring_mass.gather(2, row).transpose(1, 2)
-    return torch.log(mass / max(window_size // 2, 1) + 1e-9)
+    return _ops.leaving_mass(state.ring_mass, state.lengths, window_size=window_size)

@@ -60,6 +60,7 @@ struct AttentionStateOptions {
   std::optional<int64_t> pool_size = {};
   bool far_rotary = false, delayed_scores = false;
   at::ScalarType dtype = at::kBFloat16;
+  at::Device device = at::kCPU;
 };
 AttentionState new_attention_state(const AttentionStateOptions& options);
 int64_t size_in_bytes(const AttentionState& state);

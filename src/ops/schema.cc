@@ -63,6 +63,13 @@ TORCH_LIBRARY(sparsek, m) {
 
   // Section 6
   m.def(
+      "new_state(*, int batch, int num_kv_heads, int head_dim, int topk, int window_size, int num_sinks=0, "
+      "int? pool_size=None, bool far_rotary=False, bool delayed_scores=False, ScalarType? dtype=None, "
+      "Device? device=None) -> (Tensor k, Tensor v, Tensor ring_k, Tensor ring_scores, Tensor ring_mass, "
+      "Tensor slot_scores, Tensor slot_positions, Tensor pool_scores, Tensor stats, Tensor lengths)",
+      tags);
+  m.def("leaving_mass(Tensor ring_mass, Tensor lengths, *, int window_size) -> Tensor", tags);
+  m.def(
       "attention_chunk(Tensor q, Tensor k, Tensor v, Tensor scores, Tensor state_k, Tensor state_v, Tensor? ring_k, "
       "Tensor ring_scores, Tensor slot_scores, Tensor slot_positions, Tensor pool_scores, Tensor lengths, *, int topk, "
       "int window_size, int num_sinks=0, int? pool_size=None, str gate=\"soft\", float? softmax_scale=None, "

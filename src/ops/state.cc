@@ -4,19 +4,65 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/log.h>
 #include <ATen/ops/remainder.h>
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <cmath>
+#include <torch/library.h>
+
+#include <algorithm>
 #include <limits>
 
 #include "ops/ops.h"
+#include "ops/tensors.h"
 
 namespace sparsek::ops {
+namespace {
+
+// Tensors that the state does without are empty.
+Tensors10 new_state_composite(int64_t batch, int64_t num_kv_heads, int64_t head_dim, int64_t topk, int64_t window_size,
+                              int64_t num_sinks, std::optional<int64_t> pool_size, bool far_rotary, bool delayed_scores,
+                              std::optional<at::ScalarType> dtype, std::optional<at::Device> device) {
+  const AttentionState state = new_attention_state({.batch = batch,
+                                                    .num_kv_heads = num_kv_heads,
+                                                    .head_dim = head_dim,
+                                                    .topk = topk,
+                                                    .window_size = window_size,
+                                                    .num_sinks = num_sinks,
+                                                    .pool_size = pool_size,
+                                                    .far_rotary = far_rotary,
+                                                    .delayed_scores = delayed_scores,
+                                                    .dtype = dtype.value_or(at::kBFloat16),
+                                                    .device = device.value_or(at::kCPU)});
+  const auto or_empty = [&](const Tensor& tensor) { return tensor.defined() ? tensor : state.k.new_empty({0}); };
+  return {state.k,
+          state.v,
+          or_empty(state.ring_k),
+          state.ring_scores,
+          or_empty(state.ring_mass),
+          state.slot_scores,
+          state.slot_positions,
+          state.pool_scores,
+          state.stats,
+          state.lengths};
+}
+
+Tensor leaving_mass_composite(const Tensor& ring_mass, const Tensor& lengths, int64_t window_size) {
+  const Argument mass_argument{"ring_mass", ring_mass, "[batch, num_kv_heads, window_size]"};
+  check_ndim(mass_argument, 3);
+  check_window(window_size, 0);
+  const c10::SymInt batch = ring_mass.sym_size(0), heads = ring_mass.sym_size(1);
+  check_tensor(mass_argument, {batch, heads, window_size}, ring_mass.scalar_type(), mass_argument);
+  check_tensor({"lengths", lengths, "[batch]"}, {batch}, at::kLong, mass_argument);
+  const Tensor row = at::remainder(lengths, window_size).view({-1, 1, 1});
+  const Tensor mass = ring_mass.gather(2, row.expand_symint({batch, heads, 1})).transpose(1, 2);
+  const int64_t num_queries = std::max<int64_t>(window_size / 2, 1);  // all of [j + ceil(w/2), j + w - 1]; none: mass 0
+  return at::log(mass / num_queries + kFloor);
+}
+
+}  // namespace
 
 void check_state(const StateArguments& state, const Tensor& q, const Tensor& k, bool far_rotary, int64_t topk,
                  int64_t window_size, int64_t num_sinks, int64_t pool_size) {
@@ -94,9 +140,8 @@ AttentionState new_attention_state(const AttentionStateOptions& o) {
                     "a state needs batch and num_kv_heads of at least 1 and a head_dim that is a multiple of 8 up to "
                     "256, got ",
                     o.batch, ", ", o.num_kv_heads, ", ", o.head_dim);
-  const at::TensorOptions values = at::TensorOptions().dtype(o.dtype);
-  const at::TensorOptions scores = at::TensorOptions().dtype(scores_dtype(o.dtype));
-  const at::TensorOptions integers = at::TensorOptions().dtype(at::kLong);
+  const at::TensorOptions values = at::TensorOptions().dtype(o.dtype).device(o.device);
+  const at::TensorOptions scores = values.dtype(scores_dtype(o.dtype)), integers = values.dtype(at::kLong);
   AttentionState state;
   state.k = at::zeros({o.batch, o.num_kv_heads, o.num_sinks + o.window_size + o.topk, o.head_dim}, values);
   state.v = at::zeros_like(state.k);
@@ -107,7 +152,7 @@ AttentionState new_attention_state(const AttentionStateOptions& o) {
   state.slot_positions = at::full({o.batch, o.num_kv_heads, o.topk}, -1, integers);
   state.pool_scores = at::full({o.batch, o.num_kv_heads, pool_size > 0 ? pool_size : o.topk},
                                -std::numeric_limits<double>::infinity(), scores);
-  state.stats = at::zeros({o.batch, o.num_kv_heads, 3}, at::TensorOptions().dtype(at::kDouble));
+  state.stats = at::zeros({o.batch, o.num_kv_heads, 3}, values.dtype(at::kDouble));
   state.lengths = at::zeros({o.batch}, integers);
   return state;
 }
@@ -124,11 +169,12 @@ int64_t size_in_bytes(const AttentionState& state) {
 
 Tensor leaving_mass(const AttentionState& state, const AttentionOptions& options) {
   TORCH_CHECK_VALUE(state.ring_mass.defined(), "the state has no ring_mass: create it with delayed_scores");
-  const int64_t num_queries = options.window_size / 2;  // all of [j + ceil(w/2), j + w - 1]
-  const Tensor row = at::remainder(state.lengths, options.window_size).view({-1, 1, 1});
-  const Tensor mass = state.ring_mass.gather(2, row.expand({-1, state.ring_mass.size(1), 1})).transpose(1, 2);
-  if (num_queries == 0) return at::full_like(mass, std::log(1e-9));
-  return at::log(mass / num_queries + 1e-9);
+  return leaving_mass_composite(state.ring_mass, state.lengths, options.window_size);
+}
+
+TORCH_LIBRARY_IMPL(sparsek, CompositeImplicitAutograd, m) {
+  m.impl("new_state", new_state_composite);
+  m.impl("leaving_mass", leaving_mass_composite);
 }
 
 }  // namespace sparsek::ops

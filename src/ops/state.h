@@ -4,6 +4,8 @@
 
 namespace sparsek::ops {
 
+inline constexpr double kFloor = 1e-9;  // inside the logarithm of eq. 1b
+
 // A state's tensors as operations take them; absent ones are null.
 struct StateArguments {
   const Tensor& k;

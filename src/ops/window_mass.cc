@@ -15,8 +15,6 @@
 namespace sparsek::ops {
 namespace {
 
-constexpr double kFloor = 1e-9;  // inside the logarithm of eq. 1b
-
 Tensor allocate(const Tensor& q, const Tensor& k) {
   return empty_of({k.sym_size(0), k.sym_size(2), k.sym_size(1)}, q.options().dtype(scores_dtype(q.scalar_type())));
 }
@@ -54,6 +52,8 @@ Tensor mass_rows_cpu(const Tensor& q, const Tensor& k, const MaybeTensor& q_far,
   check_tensor({"window_begin", window_begin, "[batch, seqlen_q]"}, {batch, seqlen_q}, at::kInt, like, true);
   check_tensor({"far_begin", far_begin, "[batch, seqlen_k]"}, {batch, seqlen_k}, at::kInt, like, true);
   check_tensor({"far_end", far_end, "[batch, seqlen_k]"}, {batch, seqlen_k}, at::kInt, like, true);
+  check_rows_values(window_begin, far_begin, far_end);
+  TORCH_CHECK_VALUE(window_size >= 1, "window_size must be at least 1, got ", window_size);
   const Tensor mass = allocate(q, k);
   const MaybeTensor initial = given(mass_in) ? MaybeTensor(mass_in->contiguous()) : MaybeTensor();
   if (given(initial)) {
