@@ -1,10 +1,10 @@
 // Section 5 on all threads: runs in parallel, what they add to keys summed up in the order of the runs.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <mutex>
 
 #include "base/bf16.h"
-
 #include "kernels/cpu/attention/attention.h"
 #include "kernels/cpu/attention/double_path.h"
 #include "kernels/cpu/attention/kernels.h"

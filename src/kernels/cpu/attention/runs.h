@@ -1,34 +1,13 @@
 // Calls a function for every run of every (batch row, KV head), on all OpenMP threads, each with its own scratch.
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "kernels/cpu/attention/arena.h"
 #include "kernels/cpu/attention/plan.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch_memory.h"
+
+static_assert(sparsek::cpu::ScratchMemory::kAlignment >= sparsek::cpu::Arena::kAlignment);
 
 namespace sparsek::cpu {
-
-// Grows, never shrinks.
-class ScratchMemory {
- public:
-  char* at_least(size_t bytes) {
-    if (bytes > size_bytes_) {
-      size_bytes_ = (bytes + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
-      memory_.reset(static_cast<char*>(std::aligned_alloc(Arena::kAlignment, size_bytes_)));
-      if (!memory_) throw std::bad_alloc();
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_bytes_ = 0;
-};
 
 // The two parameter structs that have rows differ in one thing: window_mass gives all heads the same far rows.
 inline RunShape run_shape(const AttentionFwdParams& p, int32_t batch, int32_t kv_head) {

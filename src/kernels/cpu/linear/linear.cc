@@ -5,14 +5,12 @@
 
 #include <algorithm>
 #include <cassert>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "base/bf16.h"
 #include "kernels/cpu/linear/linear_kernels.h"
 #include "kernels/cpu/linear/packed_layout.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch_memory.h"
 #include "kernels/cpu/simd/dispatch.h"
 
 namespace sparsek::cpu {
@@ -26,28 +24,7 @@ constexpr PerIsa<void (*)(const PanelTask&)> kPanel{&portable::linear_panel, &av
 // Rows that share one expansion of the weights. More would save nothing measurable and let x leave the caches.
 constexpr int64_t kChunkRows = 1024;
 
-// Scratch of one thread, kept between calls.
-class Scratch {
- public:
-  template <class T>
-  T* get(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_bytes_) {
-      buffer_.reset(std::aligned_alloc(64, bytes));
-      if (buffer_ == nullptr) throw std::bad_alloc();
-      size_bytes_ = bytes;
-    }
-    return static_cast<T*>(buffer_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> buffer_;
-  size_t size_bytes_ = 0;
-};
-thread_local Scratch tls_x, tls_sums, tls_panel, tls_partial;
+thread_local ScratchMemory tls_x, tls_sums, tls_panel, tls_partial;
 
 template <class T>
 void copy_row(const T* from, int64_t count, int64_t depth, T* to) {
@@ -66,7 +43,7 @@ LinearInput prepare_x(const LinearParams& params, int64_t row, int64_t rows, boo
   const auto* x = static_cast<const uint8_t*>(params.x) +
                   row * params.x_stride * static_cast<int64_t>(size_in_bytes(params.x_dtype));
   if (dtype == params.x_dtype && depth == in_features) return {dtype, x, params.x_stride, rows};
-  uint8_t* copy = tls_x.get<uint8_t>(static_cast<size_t>(rows * depth) * size_in_bytes(dtype));
+  uint8_t* copy = tls_x.array<uint8_t>(static_cast<size_t>(rows * depth) * size_in_bytes(dtype));
 #pragma omp parallel for schedule(static) if (rows > kMaxDecodeRows)
   for (int64_t r = 0; r < rows; ++r) {
     const auto* from_f32 = reinterpret_cast<const float*>(x) + r * params.x_stride;
@@ -97,7 +74,7 @@ void decode(const LinearParams& params) {
   DecodeTask task{weight, prepare_x(params, 0, params.rows, multiply_bf16), output_from(params, 0), nullptr, 0, 0};
   if (multiply_bf16 && weight.type == WeightType::kQ4_1) {
     const int64_t num_blocks = weight.in_features / packed::kBlock;
-    float* sums = tls_sums.get<float>(static_cast<size_t>(params.rows * num_blocks));
+    float* sums = tls_sums.array<float>(static_cast<size_t>(params.rows * num_blocks));
     for (int64_t r = 0; r < params.rows; ++r) {
       const BFloat16* x = static_cast<const BFloat16*>(task.x.data) + r * task.x.stride;
       for (int64_t block = 0; block < num_blocks; ++block, x += packed::kBlock) {
@@ -137,8 +114,8 @@ void multiply_panels(const LinearParams& params, int64_t row, int64_t rows) {
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
     const int64_t end = num_panels * num_groups * (thread + 1) / num_threads;
     PanelTask task{params.weight, x, output_from(params, row), 0, 0, 0, 0, nullptr, nullptr};
-    task.panel = tls_panel.get<uint8_t>(kPanelBytes);
-    task.partial = tls_partial.get<float>(static_cast<size_t>(kChunkRows * kPanelTiles * packed::kTileRows));
+    task.panel = tls_panel.array<uint8_t>(kPanelBytes);
+    task.partial = tls_partial.array<float>(static_cast<size_t>(kChunkRows * kPanelTiles * packed::kTileRows));
     for (int64_t unit = num_panels * num_groups * thread / num_threads; unit < end;) {
       const int64_t panel = unit / num_groups, group = unit % num_groups;
       const int64_t group_end = std::min(num_groups, group + end - unit);
