@@ -1,6 +1,14 @@
 # Third-party code. torch comes from a Python environment (./.venv unless SPARSEK_PYTHON names another); its headers
 # are system headers, so our warnings do not apply to them.
 find_package(OpenMP REQUIRED COMPONENTS CXX)
+add_library(sparsek_openmp INTERFACE)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Not FindOpenMP's target: it names libgomp by its full path, which hides torch's own libgomp.so.1 from the run path.
+  target_compile_options(sparsek_openmp INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+  target_link_options(sparsek_openmp INTERFACE -fopenmp)
+else()
+  target_link_libraries(sparsek_openmp INTERFACE OpenMP::OpenMP_CXX)
+endif()
 find_package(Threads REQUIRED)
 find_package(fmt REQUIRED)
 find_package(nlohmann_json REQUIRED)
@@ -28,6 +36,6 @@ find_package(Torch REQUIRED)
 
 add_library(sparsek_torch INTERFACE)
 target_include_directories(sparsek_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
-target_link_libraries(sparsek_torch INTERFACE ${TORCH_LIBRARIES} OpenMP::OpenMP_CXX)
+target_link_libraries(sparsek_torch INTERFACE ${TORCH_LIBRARIES} sparsek_openmp)
 # torch's headers bring their own fmt, of another version than the system's library: there it is used without one.
 target_compile_definitions(sparsek_torch INTERFACE FMT_HEADER_ONLY=1)
