@@ -1,12 +1,9 @@
 // attention_backward against kernels/reference, row by row, on every instruction set of this processor, and against
 // differences of attention_forward in float64.
 #include <cstring>
-#include <random>
 
 #include "kernels/cpu/attention/attention.h"
-#include "kernels/cpu/attention/plan.h"
-#include "tests/kernels/attention/attention_case.h"
-#include "tests/kernels/attention/isas.h"
+#include "tests/kernels/attention/cases.h"
 
 namespace sparsek::test {
 namespace {
@@ -132,11 +129,7 @@ template <class T>
 void check(const CaseOptions& options) {
   const Case<T> c(options);
   const reference::AttentionGradients expected = reference::attention_backward(c.inputs, c.dout, c.dlse, c.spec);
-  for (cpu::Isa isa : isas()) {
-    if (sizeof(T) == 8 && isa != cpu::Isa::kPortable) continue;
-    cpu::force_isa(isa);
-    SCOPED_TRACE(fmt::format("{}, {}, {}, seed {}", options.what, name(kDTypeOf<T>), cpu::name(isa), options.seed));
-    Rows<T> rows(c);
+  on_every_isa(c, [&](Rows<T>& rows) {
     cpu::attention_forward(rows.forward());
     Gradients<T> g(rows);
     cpu::attention_backward(g.params(rows, true));
@@ -160,135 +153,49 @@ void check(const CaseOptions& options) {
     EXPECT_CLOSE_TO_MAXIMUM(g.dscores, dscores, tolerance);
     EXPECT_FULLY_WRITTEN(g.dscores);
     EXPECT_GUARDS_INTACT(g.dscores);
-  }
-  cpu::force_isa(cpu::best_isa());
+  });
 }
 
 void check_all(const CaseOptions& options) {
-  check<float>(options);
-  check<BFloat16>(options);
-  check<double>(options);
+  in_every_type([&](auto type) { check<decltype(type)>(options); });
+}
+void check_all(const Cases& cases) {
+  for (const CaseOptions& options : cases) check_all(options);
 }
 
-CaseOptions base() {
-  CaseOptions options;
-  options.spec = {.batch = 2,
-                  .seqlen = 150,
-                  .num_heads = 6,
-                  .num_kv_heads = 2,
-                  .head_dim = 16,
-                  .topk = 12,
-                  .window_size = 9,
-                  .num_sinks = 2,
-                  .softmax_scale = 0.25};
+CaseOptions base(int64_t batch) {
+  CaseOptions options = small_case();
+  options.spec.batch = batch;
   options.with_dlse = true;
   return options;
 }
 
 TEST(AttentionBackward, HeadDims) {
-  for (int64_t head_dim : {8, 24, 64, 80, 128, 256}) {
-    CaseOptions options = base();
-    options.what = fmt::format("head_dim {}", head_dim);
-    options.spec.batch = 1;
-    options.spec.head_dim = head_dim;
-    options.spec.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
-    check_all(options);
-  }
+  check_all(head_dim_cases(base(1)));
 }
-
 TEST(AttentionBackward, GroupsAndLengths) {
-  for (int64_t group : {1, 2, 3, 4, 7}) {
-    for (int64_t seqlen : lengths_around(cpu::tile_queries(static_cast<int32_t>(group)))) {
-      CaseOptions options = base();
-      options.what = fmt::format("{} heads a group, length {}", group, seqlen);
-      options.spec.batch = 1;
-      options.spec.num_heads = 2 * group;
-      options.spec.seqlen = seqlen;
-      options.with_dlse = false;
-      check_all(options);
-    }
-  }
+  CaseOptions options = base(1);
+  options.with_dlse = false;
+  check_all(group_cases(options));
 }
-
 TEST(AttentionBackward, ScoreKindsAndGates) {
-  for (ScoreKind kind : kAllScoreKinds) {
-    for (Gate gate : {Gate::kSoft, Gate::kHard}) {
-      CaseOptions options = base();
-      options.what = fmt::format("{}, {}", name(kind), gate == Gate::kSoft ? "soft" : "hard");
-      options.scores = kind;
-      options.spec.gate = gate;
-      options.spec.batch = 1;
-      options.spec.seqlen = 301;
-      options.spec.topk = 50;
-      options.spec.pool_size = 70;
-      options.spec.window_size = 37;
-      check_all(options);
-    }
-  }
+  check_all(score_cases(base(1)));
 }
-
 TEST(AttentionBackward, FarRotary) {
-  for (int64_t window : {1, 5, 64, 200}) {
-    CaseOptions options = base();
-    options.what = fmt::format("far rotary, window {}", window);
-    options.far_rotary = true;
-    options.spec.batch = 1;
-    options.spec.window_size = window;
-    options.spec.topk = 40;
-    options.spec.seqlen = 313;
-    check_all(options);
-  }
+  check_all(far_rotary_cases(base(1)));
 }
-
 TEST(AttentionBackward, CarriedRows) {
-  for (int64_t chunk_begin : {1, 8, 63, 149, 200}) {
-    for (bool far_rotary : {false, true}) {
-      CaseOptions options = base();
-      options.what = fmt::format("chunk from {}{}", chunk_begin, far_rotary ? ", far rotary" : "");
-      options.chunk_begin = chunk_begin;
-      options.far_rotary = far_rotary;
-      options.spec.seqlen = 291;
-      options.spec.topk = 33;
-      check_all(options);
-    }
-  }
+  check_all(carried_cases(base(2)));
 }
-
 TEST(AttentionBackward, PackedDocuments) {
-  CaseOptions options = base();
-  options.what = "packed";
-  options.spec.batch = 1;
-  options.spec.seqlen = 300;
-  options.spec.cu_seqlens = {0, 1, 40, 41, 170, 300};
-  check_all(options);
+  check_all(packed_case(base(1)));
 }
-
 TEST(AttentionBackward, EverySmallShape) {
-  std::mt19937_64 random(20240602);
-  const auto pick = [&](int64_t low, int64_t high) { return low + static_cast<int64_t>(random() % (high - low + 1)); };
-  for (uint64_t seed = 1; seed <= 30; ++seed) {
-    CaseOptions options = base();
-    options.seed = seed;
-    options.what = "random shape";
-    options.spec.batch = pick(1, 2);
-    options.spec.num_kv_heads = pick(1, 3);
-    options.spec.num_heads = options.spec.num_kv_heads * pick(1, 5);
-    options.spec.head_dim = 8 * pick(1, 6);
-    options.spec.seqlen = pick(1, 260);
-    options.spec.topk = pick(1, 80);
-    options.spec.window_size = pick(1, 100);
-    options.spec.num_sinks = pick(0, 6);
-    options.spec.pool_size = pick(0, 1) * (options.spec.topk + pick(1, 30));
-    options.scores = kAllScoreKinds[seed % std::size(kAllScoreKinds)];
-    options.spec.gate = pick(0, 1) ? Gate::kSoft : Gate::kHard;
-    options.far_rotary = pick(0, 1);
-    options.chunk_begin = pick(0, 1) * pick(0, options.spec.seqlen - 1);
-    check_all(options);
-  }
+  check_all(random_cases(base(1), 20240602, 30));
 }
 
 TEST(AttentionBackward, SameBitsEveryTime) {
-  CaseOptions options = base();
+  CaseOptions options = base(2);
   options.spec.seqlen = 700;
   options.spec.topk = 60;
   options.scores = ScoreKind::kRising;
@@ -313,8 +220,7 @@ TEST(AttentionBackward, SameBitsEveryTime) {
 // Central differences of L = <dout, out> + <dlse, lse> in float64, the selection (tau moves with the scores only
 // through the reference's backward) held fixed: q, k and v.
 TEST(AttentionBackward, FiniteDifferences) {
-  CaseOptions options = base();
-  options.spec.batch = 1;
+  CaseOptions options = base(1);
   options.spec.seqlen = 60;
   options.spec.num_sinks = 1;
   options.far_rotary = true;

@@ -1,15 +1,9 @@
 // attention_forward against kernels/reference, row by row, on every instruction set of this processor.
-#include <random>
-
 #include "kernels/cpu/attention/attention.h"
-#include "kernels/cpu/attention/plan.h"
-#include "tests/kernels/attention/attention_case.h"
-#include "tests/kernels/attention/isas.h"
+#include "tests/kernels/attention/cases.h"
 
 namespace sparsek::test {
 namespace {
-
-using cpu::Isa;
 
 // The reference's outputs for the queries of the rows.
 struct Expected {
@@ -76,14 +70,9 @@ void check(const CaseOptions& options, double logit_scale = 1) {
   Case<T> c(options);
   for (double& x : c.inputs.q) x *= logit_scale;  // a power of two: still of type T
   const reference::AttentionOutputs reference = reference::attention_forward(c.inputs, c.spec);
-  for (Isa isa : isas()) {
-    if (sizeof(T) == 8 && isa != Isa::kPortable) continue;
-    cpu::force_isa(isa);
-    SCOPED_TRACE(fmt::format("{}, {}, {}, seed {}", options.what, name(kDTypeOf<T>), cpu::name(isa), options.seed));
-    Rows<T> rows(c);
+  on_every_isa(c, [&](Rows<T>& rows) {
     const Expected expected = expected_rows(rows, reference);
-    const AttentionFwdParams p = rows.forward();
-    cpu::attention_forward(p);
+    cpu::attention_forward(rows.forward());
     const double tolerance = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 1e-5 * std::sqrt(logit_scale) : 1.2e-2;
     const double lse_tolerance = sizeof(T) == 8   ? 1e-12
                                  : sizeof(T) == 4 ? 5e-6 * std::sqrt(logit_scale)
@@ -94,121 +83,54 @@ void check(const CaseOptions& options, double logit_scale = 1) {
     EXPECT_GUARDS_INTACT(rows.softmax_lse);
     EXPECT_ROWS_CLOSE(rows.out, expected.out, rows.spec.head_dim, tolerance);
     EXPECT_ELEMENTS_CLOSE(rows.softmax_lse, expected.softmax_lse, lse_tolerance);
-  }
-  cpu::force_isa(cpu::best_isa());
+  });
 }
 
 void check_all(const CaseOptions& options) {
-  check<float>(options);
-  check<BFloat16>(options);
-  check<double>(options);
+  in_every_type([&](auto type) { check<decltype(type)>(options); });
 }
-
-CaseOptions base() {
-  CaseOptions options;
-  options.spec = {.batch = 2,
-                  .seqlen = 150,
-                  .num_heads = 6,
-                  .num_kv_heads = 2,
-                  .head_dim = 16,
-                  .topk = 12,
-                  .window_size = 9,
-                  .num_sinks = 2,
-                  .softmax_scale = 0.25};
-  return options;
+void check_all(const Cases& cases) {
+  for (const CaseOptions& options : cases) check_all(options);
 }
 
 TEST(AttentionForward, HeadDims) {
-  for (int64_t head_dim : {8, 24, 64, 80, 128, 256}) {
-    CaseOptions options = base();
-    options.what = fmt::format("head_dim {}", head_dim);
-    options.spec.head_dim = head_dim;
-    options.spec.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
-    check_all(options);
-  }
+  check_all(head_dim_cases(small_case()));
 }
-
 TEST(AttentionForward, GroupsAndLengths) {
-  for (int64_t group : {1, 2, 3, 4, 7, 9}) {
-    for (int64_t seqlen : lengths_around(cpu::tile_queries(static_cast<int32_t>(group)))) {
-      CaseOptions options = base();
-      options.what = fmt::format("{} heads a group, length {}", group, seqlen);
-      options.spec.num_heads = 2 * group;
-      options.spec.seqlen = seqlen;
-      check_all(options);
-    }
-  }
+  check_all(group_cases(small_case()));
 }
-
 TEST(AttentionForward, ScoreKindsAndGates) {
-  for (ScoreKind kind : kAllScoreKinds) {
-    for (Gate gate : {Gate::kSoft, Gate::kHard}) {
-      CaseOptions options = base();
-      options.what = fmt::format("{}, {}", name(kind), gate == Gate::kSoft ? "soft" : "hard");
-      options.scores = kind;
-      options.spec.gate = gate;
-      options.spec.seqlen = 401;  // several runs of tiles
-      options.spec.topk = 70;
-      options.spec.pool_size = 90;
-      options.spec.window_size = 37;
-      check_all(options);
-    }
-  }
+  check_all(score_cases(small_case()));
 }
-
 TEST(AttentionForward, FarRotary) {
-  for (int64_t window : {1, 5, 64, 200}) {
-    CaseOptions options = base();
-    options.what = fmt::format("far rotary, window {}", window);
-    options.far_rotary = true;
-    options.spec.window_size = window;
-    options.spec.topk = 40;
-    options.spec.seqlen = 313;
-    check_all(options);
-  }
+  check_all(far_rotary_cases(small_case()));
 }
-
 TEST(AttentionForward, CarriedRows) {
-  for (int64_t chunk_begin : {1, 8, 63, 149, 200}) {
-    for (bool far_rotary : {false, true}) {
-      CaseOptions options = base();
-      options.what = fmt::format("chunk from {}{}", chunk_begin, far_rotary ? ", far rotary" : "");
-      options.chunk_begin = chunk_begin;
-      options.far_rotary = far_rotary;
-      options.spec.seqlen = 291;
-      options.spec.topk = 33;
-      check_all(options);
-    }
-  }
+  check_all(carried_cases(small_case()));
 }
-
 TEST(AttentionForward, PackedDocuments) {
-  CaseOptions options = base();
-  options.what = "packed";
-  options.spec.batch = 1;
-  options.spec.seqlen = 300;
-  options.spec.cu_seqlens = {0, 1, 40, 41, 170, 300};
-  check_all(options);
+  check_all(packed_case(small_case()));
+}
+TEST(AttentionForward, EverySmallShape) {
+  check_all(random_cases(small_case(), 20240601, 40));
 }
 
 // Rows whose later logits exceed those of their first block by hundreds: only the running maximum holds them.
 TEST(AttentionForward, LargeLogits) {
   for (uint64_t seed = 1; seed <= 3; ++seed) {
-    CaseOptions options = base();
+    CaseOptions options = small_case();
     options.what = "large logits";
     options.seed = seed;
     options.spec.seqlen = 400;
     options.spec.window_size = 190;
     options.spec.topk = 50;
-    check<float>(options, 256);
-    check<BFloat16>(options, 256);
-    check<double>(options, 256);
+    in_every_type([&](auto type) { check<decltype(type)>(options, 256); });
   }
 }
 
 TEST(AttentionForward, BFloat16AsPlainEvaluation) {
   for (Gate gate : {Gate::kSoft, Gate::kHard}) {
-    CaseOptions options = base();
+    CaseOptions options = small_case();
     options.spec.gate = gate;
     options.spec.head_dim = 64;
     options.spec.softmax_scale = 0.125;
@@ -218,20 +140,16 @@ TEST(AttentionForward, BFloat16AsPlainEvaluation) {
     const Case<BFloat16> c(options);
     const reference::AttentionOutputs exact = reference::attention_forward(c.inputs, c.spec);
     const Values plain = plain_bf16(c, exact);
-    for (Isa isa : isas()) {
-      cpu::force_isa(isa);
-      SCOPED_TRACE(cpu::name(isa));
-      Rows<BFloat16> rows(c);
+    on_every_isa(c, [&](Rows<BFloat16>& rows) {
       cpu::attention_forward(rows.forward());
       EXPECT_ROWS_CLOSE_AS_PLAIN(rows.out, plain, exact.out, rows.spec.head_dim, 2.0);
-    }
+    });
   }
-  cpu::force_isa(cpu::best_isa());
 }
 
 // Later tokens change nothing: the queries before them, computed again with other q, k and v from there on.
 TEST(AttentionForward, FutureTokens) {
-  CaseOptions options = base();
+  CaseOptions options = small_case();
   options.spec.batch = 1;
   const int64_t changed = 77;
   const Case<float> c(options);
@@ -243,29 +161,6 @@ TEST(AttentionForward, FutureTokens) {
   for (int64_t n = changed * k_row; n < other.k.size(); ++n) other.k[n] = other.v[n] = -5;
   cpu::attention_forward(other.forward());
   for (int64_t n = 0; n < changed * q_row; ++n) ASSERT_EQ(rows.out[n], other.out[n]) << n;
-}
-
-TEST(AttentionForward, EverySmallShape) {
-  std::mt19937_64 random(20240601);
-  const auto pick = [&](int64_t low, int64_t high) { return low + static_cast<int64_t>(random() % (high - low + 1)); };
-  for (uint64_t seed = 1; seed <= 40; ++seed) {
-    CaseOptions options = base();
-    options.seed = seed;
-    options.what = "random shape";
-    options.spec.batch = pick(1, 2);
-    options.spec.num_kv_heads = pick(1, 3);
-    options.spec.num_heads = options.spec.num_kv_heads * pick(1, 5);
-    options.spec.head_dim = 8 * pick(1, 6);
-    options.spec.seqlen = pick(1, 260);
-    options.spec.topk = pick(1, 80);
-    options.spec.window_size = pick(1, 100);
-    options.spec.num_sinks = pick(0, 6);
-    options.spec.pool_size = pick(0, 1) * (options.spec.topk + pick(1, 30));
-    options.scores = kAllScoreKinds[seed % std::size(kAllScoreKinds)];
-    options.far_rotary = pick(0, 1);
-    options.chunk_begin = pick(0, 1) * pick(0, options.spec.seqlen - 1);
-    check_all(options);
-  }
 }
 
 }  // namespace
