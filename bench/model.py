@@ -10,7 +10,7 @@ import sys
 
 from common import ROOT, save, sparsek
 
-CONTEXTS = (1024, 8192, 131072)
+CONTEXTS = (1024, 8192, 131072, 1024)  # 1K twice: before and after minutes of work
 PEER = r"""
 import json, resource, sys, time
 import llama_cpp, numpy as np

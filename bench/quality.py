@@ -3,6 +3,7 @@ several kinds. Also the same target tokens after 8K and after 16K of context.
 
     python bench/quality.py            8K of every text, positions 1,536 and later -> bench/results/quality_smollm2.json
     python bench/quality.py --sweep    splits of 1,024 keys between selection and window -> ..._sweep.json
+    python bench/quality.py --slopes   position slopes of window_mass, at 8K and in the middle of 32K -> ..._slopes.json
     python bench/quality.py --context  8K against 16K of context -> ..._context.json
 """
 import statistics
@@ -51,6 +52,23 @@ def sweep():
     save("quality_smollm2_sweep", "python bench/quality.py --sweep", {"tokens": LENGTH, "from_position": FROM, "splits": rows})
 
 
+def slopes():
+    """window_mass with several position slopes, and the window alone: 8K of text, and positions 16K to 32K of longer ones."""
+    made = texts.prepare()
+    reads = {"8K, from 1,536": (LENGTH, FROM, (0, 1, 2)), "32K, from 16,384": (32768, 16384, (0, 2))}
+    results = {}
+    for read, (tokens, begin, tried) in reads.items():
+        long_enough = {name: path for name, (_, path) in made.items() if path.stat().st_size > 5 * tokens or tokens == LENGTH}
+        rows = {}
+        for label, options in [("window", ["--attention", "window"])] + [(f"slope {x:g}", ["--slope", x]) for x in tried]:
+            losses = {name: loss_from(sparsek("perplexity", path, "--model", "smollm2", "--max-tokens", tokens, *options), begin)
+                      for name, path in long_enough.items()}
+            rows[label] = {"mean": statistics.mean(losses.values()), "texts": losses}
+            print(f"{read}: {label} {rows[label]['mean']:.4f}", flush=True)
+        results[read] = rows
+    save("quality_smollm2_slopes", "python bench/quality.py --slopes", {"reads": results})
+
+
 def context():
     """The same 2,048 target tokens of each text, after 8,192 and after 16,384 tokens of it."""
     targets, rows = 2048, {}
@@ -72,4 +90,4 @@ def context():
 
 
 if __name__ == "__main__":
-    {"": compare, "--sweep": sweep, "--context": context}["".join(sys.argv[1:2])]()
+    {"": compare, "--sweep": sweep, "--slopes": slopes, "--context": context}["".join(sys.argv[1:2])]()
