@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -20,7 +21,9 @@ namespace sparsek::cli {
 
 int run_bench_model(const BenchModelConfig& config) {
   if (config.decode_tokens < 1) throw_usage("--decode-tokens: wanted 1 or more, found {}", config.decode_tokens);
-  const model::Transformer model = open_model(config.model, resolve_model(config.model.model));
+  const int64_t longest = *std::max_element(config.contexts.begin(), config.contexts.end());
+  const model::Transformer model =
+      open_model(config.model, resolve_model(config.model.model), longest + config.decode_tokens);
   const c10::InferenceMode inference;
   std::mt19937_64 random(1);
   const auto random_ids = [&](int64_t count) {

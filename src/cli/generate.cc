@@ -35,6 +35,10 @@ std::pair<std::string, std::string> chat_frame(const Tokenizer& tokenizer, const
   return {text.substr(0, mark), text.substr(mark + kMark.size())};
 }
 
+void append(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
+  ids.insert(ids.end(), more.begin(), more.end());
+}
+
 // Writes as long as somebody reads.
 bool write_out(const std::string& text) {
   return text.empty() || (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0);
@@ -55,14 +59,21 @@ int run_generate(const GenerateConfig& config) {
   if (!config.file.empty()) document.emplace(tokenizer, config.file);
   Sampler sampler(config.sampling);
   StopMatcher stop(config.stop);
-  const model::Transformer model = open_model(config.model, path);
+  std::vector<int32_t> ids_before = tokenizer.prefix(), ids_after;
+  append(ids_before, tokenizer.encode(before, SpecialTokens::kParse));
+  append(ids_after, tokenizer.encode(config.prompt, SpecialTokens::kAsText));
+  append(ids_after, tokenizer.encode(after, SpecialTokens::kParse));
+  std::optional<int64_t> expected_tokens = document ? document->expected_total() : 0;
+  if (expected_tokens) {
+    *expected_tokens += static_cast<int64_t>(ids_before.size() + ids_after.size()) + config.max_tokens;
+  }
+  const model::Transformer model = open_model(config.model, path, expected_tokens);
   tokenizer.check_model_vocab(model.config().vocab_size, path);
 
   model::DecodeState state = model.new_state();
   Prompt prompt(model, state, sampler, config.model.chunk_size);
   const Stopwatch read_time;
-  prompt.push(tokenizer.prefix());
-  if (!before.empty()) prompt.push(tokenizer.encode(before, SpecialTokens::kParse));
+  prompt.push(ids_before);
   if (document) {
     Progress progress("reading", "tokens", std::nullopt);
     std::vector<int32_t> ids;
@@ -77,8 +88,7 @@ int run_generate(const GenerateConfig& config) {
       }
     }
   }
-  if (!config.prompt.empty()) prompt.push(tokenizer.encode(config.prompt, SpecialTokens::kAsText));
-  if (!after.empty()) prompt.push(tokenizer.encode(after, SpecialTokens::kParse));
+  prompt.push(ids_after);
   if (prompt.tokens() == 0) {
     throw_data("{}: wanted a prompt of at least one token, found an empty text",
                config.file.empty() ? "--prompt" : config.file);

@@ -20,6 +20,8 @@ namespace sparsek::cli {
 namespace {
 
 constexpr int kDataErrorExitCode = 1, kUsageErrorExitCode = 2;
+constexpr std::string_view kOutOfMemory =
+    "out of memory: close other programs, or use a smaller --chunk, --topk or --window";
 
 // Options of the attention as text; turned into the typed request after parsing.
 struct AttentionFlags {
@@ -196,10 +198,12 @@ int main(int argc, char** argv) {
     cli::report(error.what());
     return cli::kInterruptedExitCode;
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "sparsek: out of memory: close other programs, or use a smaller --chunk, --topk or --window\n");
+    cli::report(cli::kOutOfMemory);
     return cli::kDataErrorExitCode;
   } catch (const c10::Error& error) {  // what() would add a backtrace
-    cli::report(error.what_without_backtrace());
+    const std::string_view message = error.what_without_backtrace();
+    // torch's allocator has no type of its own for it.
+    cli::report(message.find("can't allocate memory") != message.npos ? cli::kOutOfMemory : message);
     return cli::kDataErrorExitCode;
   } catch (const std::exception& error) {
     cli::report(error.what());

@@ -64,7 +64,12 @@ int run_perplexity(const PerplexityConfig& config) {
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
   FileTokens tokens(tokenizer, config.file);
-  const model::Transformer model = open_model(config.model, path);
+  const auto to_read = [&config](std::optional<int64_t> total) -> std::optional<int64_t> {
+    if (!total) return config.max_tokens > 0 ? std::optional(config.max_tokens) : std::nullopt;
+    const int64_t rest = std::max<int64_t>(*total - config.skip_tokens, 0);
+    return config.max_tokens > 0 ? std::min(rest, config.max_tokens) : rest;
+  };
+  const model::Transformer model = open_model(config.model, path, to_read(tokens.expected_total()));
   tokenizer.check_model_vocab(model.config().vocab_size, path);
 
   std::vector<int32_t> skipped;
@@ -95,11 +100,7 @@ int run_perplexity(const PerplexityConfig& config) {
   {
     Progress progress("reading", "tokens", std::nullopt);
     result = eval::perplexity(model, source, config.model.chunk_size, [&](int64_t done) {
-      const auto total = tokens.estimated_total();
-      if (total) {
-        const int64_t rest = *total - config.skip_tokens;
-        progress.set_total(config.max_tokens > 0 ? std::min(rest, config.max_tokens) : rest);
-      }
+      if (const auto total = to_read(tokens.estimated_total())) progress.set_total(*total);
       progress.update(done);
       return !interrupted();
     });

@@ -34,7 +34,8 @@ void set_threads(int threads) {
   at::set_num_threads(count);
 }
 
-model::Transformer open_model(const ModelConfig& config, const std::string& model_path) {
+model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
+                              std::optional<int64_t> expected_tokens) {
   set_threads(config.threads);
   if (config.chunk_size < 1 || config.chunk_size > 65536) {
     throw_usage("--chunk: wanted 1 to 65536 tokens, found {}", config.chunk_size);
@@ -42,7 +43,8 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
   model::Transformer model = model::Transformer::load({.path = model_path,
                                                        .attention = config.attention,
                                                        .dtype = parse_dtype(config.dtype),
-                                                       .chunk_size = config.chunk_size});
+                                                       .chunk_size = config.chunk_size,
+                                                       .expected_tokens = expected_tokens});
   for (const std::string& notice : model.notices()) std::fprintf(stderr, "sparsek: %s\n", notice.c_str());
   return model;
 }
@@ -50,19 +52,28 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
 FileTokens::FileTokens(const Tokenizer& tokenizer, const std::string& path)
     : reader_(path), encoder_(tokenizer, SpecialTokens::kAsText) {}
 
+void FileTokens::encode_next() {
+  ready_.clear();
+  next_ = 0;
+  const std::string_view text = reader_.next();
+  if (text.empty()) {
+    encoder_.finish(ready_);
+    ended_ = true;
+  } else {
+    encoder_.push(text, ready_);
+  }
+}
+
+std::optional<int64_t> FileTokens::expected_total() {
+  if (reader_.size_bytes() && reader_.bytes_read() == 0) encode_next();
+  return estimated_total();
+}
+
 void FileTokens::read(int64_t wanted, std::vector<int32_t>& ids) {
   while (wanted > 0) {
     if (next_ == ready_.size()) {
       if (ended_) return;
-      ready_.clear();
-      next_ = 0;
-      const std::string_view text = reader_.next();
-      if (text.empty()) {
-        encoder_.finish(ready_);
-        ended_ = true;
-      } else {
-        encoder_.push(text, ready_);
-      }
+      encode_next();
       continue;
     }
     const size_t count = std::min(static_cast<size_t>(wanted), ready_.size() - next_);

@@ -14,8 +14,10 @@
 namespace sparsek::cli {
 
 Tokenizer open_tokenizer(const std::string& model_path);
-// Sets the number of threads, loads the model, prints its notices to stderr.
-model::Transformer open_model(const ModelConfig& config, const std::string& model_path);
+// Sets the number of threads, loads the model, prints its notices to stderr. expected_tokens: what the run will read
+// and write in all, where that is known.
+model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
+                              std::optional<int64_t> expected_tokens);
 at::ScalarType parse_dtype(const std::string& text);
 void set_threads(int threads);
 
@@ -25,10 +27,13 @@ class FileTokens {
   FileTokens(const Tokenizer& tokenizer, const std::string& path);
   // Appends up to `wanted` ids; appends nothing at the end.
   void read(int64_t wanted, std::vector<int32_t>& ids);
-  // Tokens of the whole file, extrapolated from what was read; nothing for streams.
+  // Tokens of the whole file, extrapolated from what was read; nothing for streams and before anything was read.
   std::optional<int64_t> estimated_total() const;
+  // The same before anything was asked for: reads the first piece of a file, nothing of a stream.
+  std::optional<int64_t> expected_total();
 
  private:
+  void encode_next();  // the next piece into ready_, which was used up
   TextReader reader_;
   Encoder encoder_;
   std::vector<int32_t> ready_;

@@ -30,11 +30,13 @@ class Attention {
                              LayerState& state) const = 0;
 };
 
-// `adapter` is null unless the scorer is one; it is read while building and may go afterwards.
+// `adapter` is null unless the scorer is one; it is read while building and may go afterwards. expected_tokens: what
+// dense attention's cache holds before it has to grow.
 std::unique_ptr<Attention> make_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                          at::ScalarType dtype, const Adapter* adapter);
+                                          at::ScalarType dtype, const Adapter* adapter, int64_t expected_tokens);
 
-std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype);
+std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype,
+                                                int64_t expected_tokens);
 std::unique_ptr<Attention> make_window_attention(const ModelConfig& config, const AttentionConfig& attention,
                                                  at::ScalarType dtype);
 std::unique_ptr<Attention> make_sparsek_attention(const ModelConfig& config, const AttentionConfig& attention,

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "model/attention.h"
+#include "model/memory_check.h"
 #include "ops/transformer_ops.h"
 
 namespace sparsek::model {
@@ -15,8 +16,12 @@ constexpr int64_t kGrowth = 512;  // rows the cache grows by at least
 
 class DenseAttention final : public Attention {
  public:
-  DenseAttention(const ModelConfig& config, at::ScalarType dtype)
-      : num_kv_heads_(config.num_kv_heads), head_dim_(config.head_dim), dtype_(dtype) {}
+  DenseAttention(const ModelConfig& config, at::ScalarType dtype, int64_t expected_tokens)
+      : num_layers_(config.num_layers),
+        num_kv_heads_(config.num_kv_heads),
+        head_dim_(config.head_dim),
+        expected_tokens_(expected_tokens),
+        dtype_(dtype) {}
 
   LayerState new_state() const override {
     LayerState state;
@@ -25,8 +30,9 @@ class DenseAttention final : public Attention {
     return state;
   }
 
-  at::Tensor forward(const AttentionInputs& in, int64_t, int64_t position, LayerState& state) const override {
+  at::Tensor forward(const AttentionInputs& in, int64_t layer, int64_t position, LayerState& state) const override {
     const int64_t tokens = in.q.size(1), rows = position + tokens;
+    if (layer == 0 && rows > state.k.size(1)) check_room(rows, state.k.size(1));
     append(in.k, position, state.k);
     append(in.v, position, state.v);
     ops::RowAttentionInputs row_inputs;
@@ -40,26 +46,39 @@ class DenseAttention final : public Attention {
   }
 
  private:
-  // Writes x [1, tokens, num_kv_heads, head_dim] as rows position .. of the cache, growing it by a quarter when full.
+  // Rows of a cache that has to hold `rows`: what is expected, then a quarter more each time.
+  int64_t capacity(int64_t rows, int64_t held) const {
+    return std::max({rows, expected_tokens_, held + std::max(kGrowth, held / 4)});
+  }
+
+  // All layers are about to grow: better to stop before the first than to run out of memory at the tenth.
+  void check_room(int64_t rows, int64_t held) const {
+    const int64_t more = (capacity(rows, held) - held) * 2 * num_layers_;
+    const int64_t copied = held;  // while it is copied, one cache exists twice
+    const int64_t row_bytes = num_kv_heads_ * head_dim_ * static_cast<int64_t>(c10::elementSize(dtype_));
+    check_growth(capacity(rows, held), (more + copied) * row_bytes, available_memory_bytes());
+  }
+
+  // Writes x [1, tokens, num_kv_heads, head_dim] as rows position .. of the cache, growing it when full.
   void append(const at::Tensor& x, int64_t position, at::Tensor& cache) const {
     const int64_t rows = position + x.size(1);
     if (rows > cache.size(1)) {
-      const int64_t capacity = std::max(rows, cache.size(1) + std::max(kGrowth, cache.size(1) / 4));
-      at::Tensor grown = at::empty({num_kv_heads_, capacity, head_dim_}, dtype_);
+      at::Tensor grown = at::empty({num_kv_heads_, capacity(rows, cache.size(1)), head_dim_}, dtype_);
       grown.narrow(1, 0, position).copy_(cache.narrow(1, 0, position));
       cache = std::move(grown);
     }
     cache.narrow(1, position, x.size(1)).copy_(x.squeeze(0).transpose(0, 1));
   }
 
-  int64_t num_kv_heads_, head_dim_;
+  int64_t num_layers_, num_kv_heads_, head_dim_, expected_tokens_;
   at::ScalarType dtype_;
 };
 
 }  // namespace
 
-std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype) {
-  return std::make_unique<DenseAttention>(config, dtype);
+std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype,
+                                                int64_t expected_tokens) {
+  return std::make_unique<DenseAttention>(config, dtype, expected_tokens);
 }
 
 }  // namespace sparsek::model

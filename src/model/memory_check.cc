@@ -1,5 +1,8 @@
 #include "model/memory_check.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <fstream>
 #include <string>
@@ -25,6 +28,22 @@ int64_t reclaimable_bytes() {
   return 0;
 }
 
+// What the limit leaves of the address space, apart from a reserve for the stacks of threads still to be started.
+std::optional<int64_t> address_space_bytes() {
+  constexpr int64_t kReserved = int64_t{64} << 20;
+  rlimit limit{};
+  const auto pages = read_number("/proc/self/statm");
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY || !pages) return std::nullopt;
+  const int64_t used = *pages * ::sysconf(_SC_PAGESIZE);
+  return std::max(static_cast<int64_t>(std::min<rlim_t>(limit.rlim_cur, INT64_MAX)) - used - kReserved, int64_t{0});
+}
+
+int64_t mebibytes(int64_t bytes) {
+  return (bytes >> 20) + 1;
+}
+
+constexpr const char* kGrowingAdvice = "free some, or read with window or sparsek attention, whose state does not grow";
+
 }  // namespace
 
 std::optional<int64_t> available_memory_bytes() {
@@ -36,19 +55,24 @@ std::optional<int64_t> available_memory_bytes() {
   const auto limit = read_number("/sys/fs/cgroup/memory.max"), used = read_number("/sys/fs/cgroup/memory.current");
   if (limit && used)
     available = std::min(available.value_or(INT64_MAX), std::max<int64_t>(*limit - *used + reclaimable_bytes(), 0));
+  if (const auto left = address_space_bytes()) available = std::min(available.value_or(INT64_MAX), *left);
   return available;
 }
 
-void check_memory(const std::string& path, int64_t weight_bytes, int64_t state_bytes, int64_t working_bytes,
-                  std::optional<int64_t> available_bytes) {
-  const int64_t needed = weight_bytes + state_bytes + working_bytes;
+void check_memory(const std::string& path, const MemoryPlan& plan, std::optional<int64_t> available_bytes) {
+  const int64_t needed = plan.weight_bytes + plan.state_bytes + plan.working_bytes;
   if (!available_bytes || needed <= *available_bytes) return;
-  const auto mebibytes = [](int64_t bytes) { return (bytes >> 20) + 1; };
-  throw_data(
-      "{}: needs about {} MiB of memory (weights {}, state {}, working memory {}) but {} MiB are available; free some, "
-      "or use a smaller model, window or topk",
-      path, mebibytes(needed), mebibytes(weight_bytes), mebibytes(state_bytes), mebibytes(working_bytes),
-      *available_bytes >> 20);
+  const std::string tokens = plan.growing_tokens ? fmt::format(" of {} tokens", *plan.growing_tokens) : std::string();
+  throw_data("{}: expected about {} MiB of memory (weights {}, state{} {}, working memory {}), found {}; {}", path,
+             mebibytes(needed), mebibytes(plan.weight_bytes), tokens, mebibytes(plan.state_bytes),
+             mebibytes(plan.working_bytes), *available_bytes >> 20,
+             plan.growing_tokens ? kGrowingAdvice : "free some, or use a smaller model, window or topk");
+}
+
+void check_growth(int64_t tokens, int64_t more_bytes, std::optional<int64_t> available_bytes) {
+  if (!available_bytes || more_bytes <= *available_bytes) return;
+  throw_data("dense attention: expected {} MiB of memory for a cache of {} tokens, found {}; {}", mebibytes(more_bytes),
+             tokens, *available_bytes >> 20, kGrowingAdvice);
 }
 
 }  // namespace sparsek::model

@@ -6,12 +6,19 @@
 
 namespace sparsek::model {
 
-// Bytes that new allocations can get: the kernel's MemAvailable, or what the control group leaves if that is less.
-// Nothing where the system does not say.
+// Bytes that new allocations can get: the least of the kernel's MemAvailable, what the control group leaves and what
+// the limit of the address space (RLIMIT_AS, `ulimit -v`) leaves. Nothing where the system does not say.
 std::optional<int64_t> available_memory_bytes();
 
-// Throws DataError naming `path` when weights, state and working memory together exceed what is available.
-void check_memory(const std::string& path, int64_t weight_bytes, int64_t state_bytes, int64_t working_bytes,
-                  std::optional<int64_t> available_bytes);
+struct MemoryPlan {
+  int64_t weight_bytes = 0, state_bytes = 0, working_bytes = 0;
+  std::optional<int64_t> growing_tokens = {};  // the state is that of so many tokens, and grows with them
+};
+
+// Throws DataError naming `path` when the plan's parts together exceed what is available.
+void check_memory(const std::string& path, const MemoryPlan& plan, std::optional<int64_t> available_bytes);
+
+// Throws DataError when a cache cannot grow by `more_bytes` to hold `tokens` tokens.
+void check_growth(int64_t tokens, int64_t more_bytes, std::optional<int64_t> available_bytes);
 
 }  // namespace sparsek::model

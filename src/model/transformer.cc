@@ -98,15 +98,18 @@ Transformer Transformer::load(const LoadOptions& options) {
     notices.push_back(fmt::format("{} was made for \"{}\"; this model calls itself \"{}\"", options.attention.scorer,
                                   adapter.base, config.model_name));
   }
-  check_memory(options.path, planned_weight_bytes(checkpoint, options.dtype),
-               state_size_in_bytes(config, attention, options.dtype, options.chunk_size),
-               working_bytes(config, options.chunk_size, options.dtype), available_memory_bytes());
+  const int64_t expected_tokens = std::max(options.expected_tokens.value_or(0), int64_t{1});
+  MemoryPlan plan{.weight_bytes = planned_weight_bytes(checkpoint, options.dtype),
+                  .state_bytes = state_size_in_bytes(config, attention, options.dtype, expected_tokens),
+                  .working_bytes = working_bytes(config, options.chunk_size, options.dtype)};
+  if (attention.kind == AttentionKind::kDense) plan.growing_tokens = expected_tokens;
+  check_memory(options.path, plan, available_memory_bytes());
   Weights weights = load_weights(checkpoint, options.dtype);
   notices.insert(notices.end(), weights.notices.begin(), weights.notices.end());
   return Transformer(std::unique_ptr<Parts>(
       new Parts{config, attention, options.dtype, std::move(notices), std::move(weights),
                 Rope(config.rope, config.head_dim, attention.far_distance),
-                make_attention(config, attention, options.dtype, has_adapter ? &adapter : nullptr)}));
+                make_attention(config, attention, options.dtype, has_adapter ? &adapter : nullptr, expected_tokens)}));
 }
 
 DecodeState Transformer::new_state() const {

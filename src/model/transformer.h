@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,9 @@ struct LoadOptions {
   AttentionRequest attention;
   at::ScalarType dtype = at::kBFloat16;  // of activations and matrix products; kFloat computes everything in float32
   int64_t chunk_size = 512;  // longest chunk forward() is promised to get, for the memory check before loading
+  // Tokens that will be read and written in all, where somebody knows: dense attention's cache of so many must fit
+  // before anything is loaded, and is allocated at once. Beyond them it grows.
+  std::optional<int64_t> expected_tokens = {};
 };
 
 class Transformer {

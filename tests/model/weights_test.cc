@@ -2,8 +2,11 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <cstring>
+#include <fstream>
 #include <limits>
 
 #include "base/error.h"
@@ -94,11 +97,34 @@ TEST(Weights, NonFiniteScalesOfEveryQuantisedType) {
 
 TEST(MemoryCheck, SaysWhatIsNeededAndWhatIsThere) {
   const int64_t mebi = 1 << 20;
-  EXPECT_NO_THROW(check_memory("m", 10 * mebi, 5 * mebi, mebi, 16 * mebi));
-  EXPECT_NO_THROW(check_memory("m", int64_t{1} << 60, 0, 0, std::nullopt));
-  EXPECT_THAT(message_of<DataError>([&] { check_memory("m.gguf", 10 * mebi, 5 * mebi, 2 * mebi, 16 * mebi); }),
-              AllOf(HasSubstr("m.gguf"), HasSubstr("16 MiB are available")));
+  const MemoryPlan plan{.weight_bytes = 10 * mebi, .state_bytes = 5 * mebi, .working_bytes = mebi};
+  EXPECT_NO_THROW(check_memory("m", plan, 16 * mebi));
+  EXPECT_NO_THROW(check_memory("m", {.weight_bytes = int64_t{1} << 60}, std::nullopt));
+  EXPECT_THAT(message_of<DataError>([&] { check_memory("m.gguf", plan, 16 * mebi - 1); }),
+              AllOf(HasSubstr("m.gguf"), HasSubstr("found 15"), HasSubstr("window or topk")));
+  MemoryPlan growing = plan;
+  growing.growing_tokens = 700;
+  EXPECT_THAT(message_of<DataError>([&] { check_memory("m.gguf", growing, 0); }),
+              AllOf(HasSubstr("state of 700 tokens"), HasSubstr("sparsek attention")));
+  EXPECT_NO_THROW(check_growth(900, mebi, mebi));
+  EXPECT_THAT(message_of<DataError>([&] { check_growth(900, mebi + 1, mebi); }), HasSubstr("900 tokens"));
   EXPECT_GT(available_memory_bytes().value(), 0);
+}
+
+TEST(MemoryCheck, KnowsTheLimitOfTheAddressSpace) {
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_AS, &before), 0);
+  std::ifstream statm("/proc/self/statm");
+  int64_t pages = 0;
+  statm >> pages;
+  rlimit limit = before;
+  limit.rlim_cur = static_cast<rlim_t>(pages * ::sysconf(_SC_PAGESIZE) + (int64_t{100} << 20));
+  ASSERT_EQ(::setrlimit(RLIMIT_AS, &limit), 0);
+  const int64_t available = available_memory_bytes().value();
+  ::setrlimit(RLIMIT_AS, &before);
+  // 100 MiB less the reserve of 64; what the process itself maps in between is far below the slack.
+  EXPECT_LE(available, int64_t{36} << 20);
+  EXPECT_GE(available, int64_t{26} << 20);
 }
 
 }  // namespace

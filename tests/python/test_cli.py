@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import pathlib
+import resource
 import signal
 import struct
 import subprocess
@@ -223,6 +224,54 @@ def test_bad_adapters_exit_1(tmp_path, text):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     fails(1, "perplexity", text, "--model", "smollm2", "--scorer", broken, mentions=["broken.safetensors"])
+
+
+def address_space(limit_bytes):
+    """For subprocess' preexec_fn: `ulimit -v`."""
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+
+
+def virtual_bytes(process):
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmSize:")))
+
+
+def test_dense_that_cannot_fit_is_refused_before_the_run(tmp_path, text):
+    """SmolLM2's dense cache takes 23,040 bytes a token; nothing is loaded or read when the whole text's will not fit."""
+    huge = tmp_path / "huge.txt"
+    with huge.open("wb") as file:
+        file.write(TEXT.encode() * 400)
+        file.truncate(1 << 42)  # sparse: the file takes no room
+    dense = ["--model", "smollm2", "--attention", "dense"]
+    for command in (["perplexity", huge, *dense], ["generate", "--file", huge, *dense]):
+        assert "sparsek attention" in fails(1, *command, mentions=["smollm2", "MiB", "tokens"])
+    assert run("perplexity", huge, *dense, "--max-tokens", 64).returncode == 0  # --max-tokens is what will be read
+
+    million = tmp_path / "million.txt"
+    million.write_text(TEXT * 25000)  # 23 GB of cache
+    limited = dict(capture_output=True, timeout=120, preexec_fn=address_space(8 << 30))
+    command = [str(PROGRAM), "perplexity", str(million), "--model", "smollm2"]
+    refused = subprocess.run([*command, "--attention", "dense"], **limited)
+    assert refused.returncode == 1 and refused.stdout == b"", refused.stderr
+    assert refused.stderr.count(b"\n") == 1 and b"tokens" in refused.stderr and b"MiB" in refused.stderr
+    allowed = subprocess.run([*command, "--max-tokens", "64"], **limited)
+    assert allowed.returncode == 0, allowed.stderr
+
+
+def test_dense_from_a_stream_stops_before_memory_runs_out():
+    process = subprocess.Popen([str(PROGRAM), "perplexity", "-", "--model", "smollm2", "--attention", "dense"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(TEXT.encode() * 30)  # the first piece: after it everything is loaded and every thread runs
+    process.stdin.flush()
+    sizes = [0, 1]
+    while sizes[-1] != sizes[-4:][0]:
+        time.sleep(0.5)
+        sizes.append(virtual_bytes(process))
+    room = virtual_bytes(process) + (104 << 20)  # 64 MiB of it are reserved for threads: 1,800 tokens of cache
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+    out, err = process.communicate(TEXT.encode() * 400, timeout=120)
+    assert process.returncode == 1 and out == b"", err
+    assert err.count(b"\n") == 1 and b"dense attention" in err and b"tokens" in err and b"MiB" in err
 
 
 def test_bytes_that_are_no_text_are_read(tmp_path):
