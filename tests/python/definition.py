@@ -6,7 +6,7 @@ estimator it is. It shares nothing with the library.
 
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -71,14 +71,16 @@ def attention(
     softmax_scale: Optional[float] = None,
     q_far: Optional[Tensor] = None,
     k_far: Optional[Tensor] = None,
+    queries: Optional[Sequence[int]] = None,
 ) -> tuple[Tensor, Tensor]:
-    """eq. 7-9 for whole sequences."""
+    """eq. 7-9 for whole sequences, or for some of their queries."""
     batch, seqlen, num_heads, head_dim = q.shape
+    queries = range(seqlen) if queries is None else queries
     group = num_heads // k.shape[2]
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     outs, lses = [], []
     for b in range(batch):
-        for i in range(seqlen):
+        for i in queries:
             for h in range(num_heads):
                 kv = h // group
                 window = list(range(max(0, i - options.window_size + 1), i + 1))
@@ -97,8 +99,8 @@ def attention(
                 gates = torch.cat([torch.ones(len(window) + len(sinks), dtype=chosen.dtype), chosen])
                 outs.append((torch.softmax(logits, 0) * gates) @ v[b, window + far, kv])
                 lses.append(torch.logsumexp(logits, 0))
-    out = torch.stack(outs).reshape(batch, seqlen, num_heads, head_dim)
-    return out, torch.stack(lses).reshape(batch, seqlen, num_heads).transpose(1, 2)
+    out = torch.stack(outs).reshape(batch, len(queries), num_heads, head_dim)
+    return out, torch.stack(lses).reshape(batch, len(queries), num_heads).transpose(1, 2)
 
 
 def window_mass(

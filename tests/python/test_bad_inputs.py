@@ -366,6 +366,18 @@ def test_scores_that_are_not_finite_are_refused_once_they_compete() -> None:
         sparsek.attention_chunk(x.q, x.k, x.v, x.scores, state(), **OPTIONS)
 
 
+def test_new_state_and_leaving_mass() -> None:
+    with pytest.raises(ValueError, match="topk must be between 1 and 2\\^28, got 0"):
+        state(topk=0)
+    with pytest.raises(ValueError, match="a head_dim that is a multiple of 8 up to 256, got 2, 2, 12"):
+        state(head_dim=12)
+    carried = state(delayed_scores=True)
+    with pytest.raises(ValueError, match=re.escape("ring_mass must be [batch, num_kv_heads, window_size] = [2, 2, 6]")):
+        sparsek.leaving_mass(carried, window_size=6)
+    with pytest.raises(TypeError, match="lengths must be Long, got Float"):
+        sparsek.leaving_mass(carried._replace(lengths=torch.zeros(2)), window_size=5)
+
+
 def test_window_mass_needs_its_state() -> None:
     x = random_inputs(dtype=torch.float32, seqlen=3)
     with pytest.raises(ValueError, match="the state has no ring_mass"):

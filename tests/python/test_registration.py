@@ -91,6 +91,14 @@ def op_cases() -> dict[str, Callable[[], tuple]]:
         arguments = (x.q, x.k, x.v, x.scores, *state)
         return ops.attention_chunk.default, arguments, dict(**OPTIONS, **x.far(), delayed_scores=delayed)
 
+    def new_state(far: bool) -> tuple:
+        sizes = dict(batch=2, num_kv_heads=2, head_dim=16, **OPTIONS, far_rotary=far, delayed_scores=far)
+        return ops.new_state.default, (), sizes
+
+    def leaving_mass() -> tuple:
+        state = filled_state(False, torch.float32)
+        return ops.leaving_mass.default, (state.ring_mass, state.lengths), dict(window_size=5)
+
     def decode_step(far: bool) -> tuple:
         x = random_inputs(dtype=torch.float32, far=far, seqlen=1)
         state = filled_state(far, torch.float32)
@@ -144,6 +152,9 @@ def op_cases() -> dict[str, Callable[[], tuple]]:
         "window_mass_chunk far": lambda: window_mass_chunk(True),
         "attention_chunk": lambda: attention_chunk(False, False),
         "attention_chunk far delayed": lambda: attention_chunk(True, True),
+        "new_state": lambda: new_state(False),
+        "new_state far delayed": lambda: new_state(True),
+        "leaving_mass": leaving_mass,
         "_select_chunk": select_chunk,
         "_chunk_visibility": chunk_visibility,
         "_window_rows": lambda: window_rows(False),
