@@ -8,10 +8,17 @@
 
 namespace sparsek {
 
-// A wrong option or argument: the program exits with 2.
+// A wrong option or argument: the program exits with 2. Libraries name the field of their options that is wrong;
+// whoever filled it knows what a person calls it.
 class UsageError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit UsageError(const std::string& problem) : std::runtime_error(problem) {}
+  UsageError(const std::string& field, const std::string& problem)
+      : std::runtime_error(field + ": " + problem), field_(field) {}
+  const std::string& field() const { return field_; }  // what() starts with it; empty: no field is to blame
+
+ private:
+  std::string field_;
 };
 
 // A file, model or text that cannot be used: the program exits with 1.
@@ -29,6 +36,10 @@ class Interrupted : public std::runtime_error {
 template <class... Args>
 [[noreturn]] void throw_usage(fmt::format_string<Args...> format, Args&&... args) {
   throw UsageError(fmt::format(format, std::forward<Args>(args)...));
+}
+template <class... Args>
+[[noreturn]] void throw_field(const std::string& field, fmt::format_string<Args...> format, Args&&... args) {
+  throw UsageError(field, fmt::format(format, std::forward<Args>(args)...));
 }
 template <class... Args>
 [[noreturn]] void throw_data(fmt::format_string<Args...> format, Args&&... args) {

@@ -84,18 +84,21 @@ void forward_backward(const std::function<Tensor()>& forward, bool backward) {
 
 int run_bench_attention(const BenchAttentionConfig& config) {
   if (config.scores != "random" && config.scores != "rising") {
-    throw_usage("--scores: wanted random or rising, found '{}'", config.scores);
+    throw_usage("--scores: expected random or rising, found '{}'", config.scores);
   }
-  if (config.repeats < 1) throw_usage("--repeats: wanted 1 or more, found {}", config.repeats);
+  if (config.repeats < 1) throw_usage("--repeats: expected 1 or more, found {}", config.repeats);
   if (config.num_heads < 1 || config.num_kv_heads < 1 || config.num_heads % config.num_kv_heads != 0) {
-    throw_usage("--heads: wanted a positive multiple of --kv-heads ({}), found {}", config.num_kv_heads,
+    throw_usage("--heads: expected a positive multiple of --kv-heads ({}), found {}", config.num_kv_heads,
                 config.num_heads);
   }
-  if (config.topk < 1) throw_usage("--topk: wanted 1 or more, found {}", config.topk);
-  if (config.window_size < 1) throw_usage("--window: wanted 1 or more, found {}", config.window_size);
-  if (config.num_sinks < 0) throw_usage("--sinks: wanted 0 or more, found {}", config.num_sinks);
+  if (config.topk < 1) throw_usage("--topk: expected 1 or more, found {}", config.topk);
+  if (config.window_size < 1) throw_usage("--window: expected 1 or more, found {}", config.window_size);
+  if (config.num_sinks < 0) throw_usage("--sinks: expected 0 or more, found {}", config.num_sinks);
   if (config.head_dim < 8 || config.head_dim > 256 || config.head_dim % 8 != 0) {
-    throw_usage("--head-dim: wanted a multiple of 8 up to 256, found {}", config.head_dim);
+    throw_usage("--head-dim: expected a multiple of 8 up to 256, found {}", config.head_dim);
+  }
+  for (const int64_t seqlen : config.seqlens) {
+    if (seqlen < 1) throw_usage("--seqlen: expected 1 or more, found {}", seqlen);
   }
   set_threads(config.threads);
   const at::ScalarType dtype = parse_dtype(config.dtype);
@@ -106,7 +109,6 @@ int run_bench_attention(const BenchAttentionConfig& config) {
                "ratio");
   }
   for (const int64_t seqlen : config.seqlens) {
-    if (seqlen < 1) throw_usage("--seqlen: wanted 1 or more, found {}", seqlen);
     Inputs in = make_inputs(config, seqlen, dtype);
     const auto sparse = [&] {
       return std::get<0>(

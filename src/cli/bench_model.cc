@@ -20,7 +20,10 @@
 namespace sparsek::cli {
 
 int run_bench_model(const BenchModelConfig& config) {
-  if (config.decode_tokens < 1) throw_usage("--decode-tokens: wanted 1 or more, found {}", config.decode_tokens);
+  if (config.decode_tokens < 1) throw_usage("--decode-tokens: expected 1 or more, found {}", config.decode_tokens);
+  for (const int64_t context : config.contexts) {
+    if (context < 1) throw_usage("--context: expected 1 or more tokens, found {}", context);
+  }
   const int64_t longest = *std::max_element(config.contexts.begin(), config.contexts.end());
   const model::Transformer model =
       open_model(config.model, resolve_model(config.model.model), longest + config.decode_tokens);
@@ -34,7 +37,6 @@ int run_bench_model(const BenchModelConfig& config) {
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   if (!config.json) fmt::print("{:>9} {:>16} {:>16} {:>12}\n", "context", "read tokens/s", "decode tokens/s", "state");
   for (const int64_t context : config.contexts) {
-    if (context < 1) throw_usage("--context: wanted 1 or more tokens, found {}", context);
     model::DecodeState state = model.new_state();
     Progress progress("reading", "tokens", context);
     const Stopwatch read_time;

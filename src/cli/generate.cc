@@ -24,7 +24,7 @@ namespace {
 // plain text: special tokens inside a document are not obeyed.
 std::pair<std::string, std::string> chat_frame(const Tokenizer& tokenizer, const std::string& path,
                                                const std::string& system) {
-  if (!tokenizer.chat_template()) throw_data("{}: --chat wants a model with a chat template, found none", path);
+  if (!tokenizer.chat_template()) throw_data("{}: --chat: expected a model with a chat template, found none", path);
   const ChatTemplate chat = ChatTemplate::recognise(*tokenizer.chat_template(), path);
   static constexpr std::string_view kMark = "\x01 document \x01";
   std::vector<ChatMessage> messages;
@@ -47,9 +47,9 @@ bool write_out(const std::string& text) {
 }  // namespace
 
 int run_generate(const GenerateConfig& config) {
-  if (config.max_tokens < 0) throw_usage("--max-tokens: wanted 0 or more, found {}", config.max_tokens);
+  if (config.max_tokens < 0) throw_usage("--max-tokens: expected 0 or more, found {}", config.max_tokens);
   if (config.file.empty() && config.prompt.empty()) {
-    throw_usage("generate: wanted --prompt TEXT, --file PATH or both, found neither");
+    throw_usage("generate: expected --prompt TEXT, --file PATH or both, found neither");
   }
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
@@ -90,7 +90,7 @@ int run_generate(const GenerateConfig& config) {
   }
   prompt.push(ids_after);
   if (prompt.tokens() == 0) {
-    throw_data("{}: wanted a prompt of at least one token, found an empty text",
+    throw_data("{}: expected a prompt of at least one token, found an empty text",
                config.file.empty() ? "--prompt" : config.file);
   }
   const int64_t prompt_tokens = prompt.tokens();
@@ -113,7 +113,8 @@ int run_generate(const GenerateConfig& config) {
                  return writable && !stop.stopped() && !interrupted();
                });
   const double generate_seconds = generate_time.seconds();
-  if (writable) writable = emit(stop.push(stream.finish()) + stop.finish());
+  if (writable) writable = emit(stop.push(stream.finish()));
+  if (writable) writable = emit(stop.finish());  // what the line above left in it
   const char* reason = interrupted()                    ? "interrupted"
                        : stop.stopped()                 ? "stop sequence"
                        : generated == config.max_tokens ? "max tokens"

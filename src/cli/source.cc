@@ -21,13 +21,13 @@ Tokenizer open_tokenizer(const std::string& model_path) {
 at::ScalarType parse_dtype(const std::string& text) {
   if (text == "bf16") return at::kBFloat16;
   if (text == "f32") return at::kFloat;
-  throw_usage("--dtype: wanted bf16 or f32, found '{}'", text);
+  throw_usage("--dtype: expected bf16 or f32, found '{}'", text);
 }
 
 void set_threads(int threads) {
   static constexpr int kMaxThreads = 1024;
   if (threads < 0 || threads > kMaxThreads) {
-    throw_usage("--threads: wanted 0 (one a core) to {}, found {}", kMaxThreads, threads);
+    throw_usage("--threads: expected 0 (one a core) to {}, found {}", kMaxThreads, threads);
   }
   const int count = threads == 0 ? omp_get_num_procs() : threads;
   omp_set_num_threads(count);
@@ -38,7 +38,7 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
                               std::optional<int64_t> expected_tokens) {
   set_threads(config.threads);
   if (config.chunk_size < 1 || config.chunk_size > 65536) {
-    throw_usage("--chunk: wanted 1 to 65536 tokens, found {}", config.chunk_size);
+    throw_usage("--chunk: expected 1 to 65536 tokens, found {}", config.chunk_size);
   }
   model::Transformer model = model::Transformer::load({.path = model_path,
                                                        .attention = config.attention,

@@ -76,7 +76,7 @@ ChatTemplate ChatTemplate::recognise(std::string_view jinja, std::string_view na
     return result;
   }
   throw_data(
-      "{}: chat template: wanted ChatML (<|im_start|>) or Llama 3 (<|start_header_id|>), found {}; give the text "
+      "{}: chat template: expected ChatML (<|im_start|>) or Llama 3 (<|start_header_id|>), found {}; give the text "
       "without a chat template",
       name, in_quotes(jinja));
 }

@@ -90,13 +90,15 @@ WeightType weight_type(uint32_t number, std::string_view tensor, const std::stri
     if (type.number != number) continue;
     if (type.weight) return *type.weight;
     throw_data(
-        "{}: tensor {}: wanted type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found {}; convert the model "
+        "{}: tensor {}: expected type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found {}; convert the "
+        "model "
         "to "
         "one of these",
         path, in_quotes(tensor), type.name);
   }
   throw_data(
-      "{}: tensor {}: wanted type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found unknown type {}; convert "
+      "{}: tensor {}: expected type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found unknown type {}; "
+      "convert "
       "the model to one of these",
       path, in_quotes(tensor), number);
 }
@@ -118,7 +120,7 @@ struct Cursor {
 
   void need(uint64_t count, const char* what) const {
     if (count > left()) {
-      throw_data("{}: truncated: wanted {} bytes for {} at offset {}, found {}; fetch the file again", path, count,
+      throw_data("{}: truncated: expected {} bytes for {} at offset {}, found {}; fetch the file again", path, count,
                  what, position, left());
     }
   }
@@ -170,13 +172,13 @@ GgufFile GgufFile::from_bytes(std::span<const uint8_t> bytes, std::string name) 
 void GgufFile::parse() {
   Cursor cursor{bytes_, path_};
   if (bytes_.size() < 4 || std::memcmp(bytes_.data(), "GGUF", 4) != 0) {
-    throw_data("{}: wanted a GGUF file (first bytes 'GGUF'), found {}", path_,
+    throw_data("{}: expected a GGUF file (first bytes 'GGUF'), found {}", path_,
                in_quotes({reinterpret_cast<const char*>(bytes_.data()), std::min<size_t>(bytes_.size(), 4)}));
   }
   cursor.position = 4;
   const auto version = cursor.read<uint32_t>("the version");
-  if (version == 0x03000000) throw_data("{}: wanted a little-endian GGUF file, found a big-endian one", path_);
-  if (version != 3) throw_data("{}: wanted GGUF version 3, found version {}; convert the file again", path_, version);
+  if (version == 0x03000000) throw_data("{}: expected a little-endian GGUF file, found a big-endian one", path_);
+  if (version != 3) throw_data("{}: expected GGUF version 3, found version {}; convert the file again", path_, version);
   const uint64_t num_tensors = cursor.read_count(32, "the tensor count");   // a tensor's description takes >= 32 bytes
   const uint64_t num_values = cursor.read_count(13, "the metadata count");  // length, type and one byte
 
@@ -187,15 +189,15 @@ void GgufFile::parse() {
     Value value;
     value.type = cursor.read<uint32_t>("a metadata type");
     if (value.type >= kNumValueTypes) {
-      throw_data("{}: metadata {}: wanted a value type below {}, found {}; the file is damaged", path_, in_quotes(key),
-                 kNumValueTypes, value.type);
+      throw_data("{}: metadata {}: expected a value type below {}, found {}; the file is damaged", path_,
+                 in_quotes(key), kNumValueTypes, value.type);
     }
     value.count = 1;
     value.element_type = value.type;
     if (value.type == kArray) {
       value.element_type = cursor.read<uint32_t>("an array's type");
       if (value.element_type >= kNumValueTypes || value.element_type == kArray) {
-        throw_data("{}: metadata {}: wanted an array of numbers or strings, found elements of {}", path_,
+        throw_data("{}: metadata {}: expected an array of numbers or strings, found elements of {}", path_,
                    in_quotes(key), value_type_name(value.element_type));
       }
       value.count = cursor.read_count(kValueBytes[value.element_type], "an array's length");
@@ -214,7 +216,7 @@ void GgufFile::parse() {
 
   const int64_t alignment = find_int("general.alignment").value_or(32);
   if (alignment < 8 || alignment > (1 << 20) || (alignment & (alignment - 1)) != 0) {
-    throw_data("{}: general.alignment: wanted a power of two from 8 to 1048576, found {}", path_, alignment);
+    throw_data("{}: general.alignment: expected a power of two from 8 to 1048576, found {}", path_, alignment);
   }
 
   struct Extent {
@@ -229,7 +231,7 @@ void GgufFile::parse() {
     const std::string_view name = cursor.read_string("a tensor's name");
     const auto num_dims = cursor.read<uint32_t>("a tensor's dimension count");
     if (num_dims < 1 || num_dims > 4) {
-      throw_data("{}: tensor {}: wanted 1 to 4 dimensions, found {}", path_, in_quotes(name), num_dims);
+      throw_data("{}: tensor {}: expected 1 to 4 dimensions, found {}", path_, in_quotes(name), num_dims);
     }
     WeightView tensor;
     tensor.name = name;
@@ -239,7 +241,7 @@ void GgufFile::parse() {
     for (uint32_t d = 0; d < num_dims; ++d) {
       const auto size = cursor.read<uint64_t>("a tensor's dimension");
       if (size < 1 || size > kMaxElements / num_elements) {
-        throw_data("{}: tensor {}: dimension {} is {}: wanted 1 or more, at most 2^48 elements in all", path_,
+        throw_data("{}: tensor {}: dimension {} is {}: expected 1 or more, at most 2^48 elements in all", path_,
                    in_quotes(name), d, size);
       }
       num_elements *= size;
@@ -248,12 +250,12 @@ void GgufFile::parse() {
     tensor.type = weight_type(cursor.read<uint32_t>("a tensor's type"), name, path_);
     const WeightLayout block = layout(tensor.type);
     if (tensor.shape.back() % block.block_elements != 0) {
-      throw_data("{}: tensor {}: wanted rows of a multiple of {} values for {}, found shape {}", path_, in_quotes(name),
-                 block.block_elements, block.name, shape_text(tensor.shape));
+      throw_data("{}: tensor {}: expected rows of a multiple of {} values for {}, found shape {}", path_,
+                 in_quotes(name), block.block_elements, block.name, shape_text(tensor.shape));
     }
     const auto offset = cursor.read<uint64_t>("a tensor's offset");
     if (offset % static_cast<uint64_t>(alignment) != 0) {
-      throw_data("{}: tensor {}: wanted an offset aligned to {} bytes, found {}", path_, in_quotes(name), alignment,
+      throw_data("{}: tensor {}: expected an offset aligned to {} bytes, found {}", path_, in_quotes(name), alignment,
                  offset);
     }
     const uint64_t size_bytes =
@@ -303,13 +305,13 @@ std::vector<std::string_view> GgufFile::keys() const {
 }
 
 void GgufFile::throw_missing(std::string_view key) const {
-  throw_data("{}: wanted metadata {}, found none; the file is no complete model", path_, in_quotes(key));
+  throw_data("{}: expected metadata {}, found none; the file is no complete model", path_, in_quotes(key));
 }
 
 void GgufFile::throw_wrong_type(std::string_view key, const Value& value, std::string_view wanted) const {
   std::string found = value_type_name(value.type);
   if (value.type == kArray) found += " of " + value_type_name(value.element_type);
-  throw_data("{}: metadata {}: wanted {}, found {}", path_, in_quotes(key), wanted, found);
+  throw_data("{}: metadata {}: expected {}, found {}", path_, in_quotes(key), wanted, found);
 }
 
 // Value types hold their bytes at offsets that parse() has checked.
@@ -469,7 +471,7 @@ const WeightView* GgufFile::find_tensor(std::string_view name) const {
 
 const WeightView& GgufFile::tensor(std::string_view name) const {
   if (const WeightView* tensor = find_tensor(name)) return *tensor;
-  throw_data("{}: wanted tensor {}, found none among the file's {}", path_, in_quotes(name), tensors_.size());
+  throw_data("{}: expected tensor {}, found none among the file's {}", path_, in_quotes(name), tensors_.size());
 }
 
 void GgufFile::release_pages(const WeightView& tensor) const {

@@ -37,7 +37,7 @@ HfCheckpoint::HfCheckpoint(std::string folder) : folder_(std::move(folder)) {
   while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
   struct stat info{};
   if (::stat(folder_.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
-    throw_data("{}: wanted a folder with config.json and model.safetensors, found {}", folder_,
+    throw_data("{}: expected a folder with config.json and model.safetensors, found {}", folder_,
                exists(folder_) ? "a file" : "nothing");
   }
   config_ = std::make_unique<nlohmann::json>(read_json_object(file("config.json")));
@@ -52,27 +52,27 @@ HfCheckpoint::HfCheckpoint(std::string folder) : folder_(std::move(folder)) {
   const std::string index_path = file("model.safetensors.index.json");
   if (!exists(index_path)) {
     throw_data(
-        "{}: wanted model.safetensors or model.safetensors.index.json, found neither; convert the checkpoint to "
+        "{}: expected model.safetensors or model.safetensors.index.json, found neither; convert the checkpoint to "
         "safetensors",
         folder_);
   }
   const nlohmann::json index = read_json_object(index_path);
   const auto map = index.find("weight_map");
   if (map == index.end() || !map->is_object() || map->empty()) {
-    throw_data("{}: wanted weight_map, an object of tensor names and files", index_path);
+    throw_data("{}: expected weight_map, an object of tensor names and files", index_path);
   }
   std::unordered_map<std::string, size_t> opened;
   for (const auto& [tensor, shard] : map->items()) {
     const std::string name = shard.is_string() ? shard.get<std::string>() : std::string();
     // A plain name only: an index must not reach files outside its folder.
     if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string_view("/\\\0", 3)) != name.npos) {
-      throw_data("{}: weight_map {}: wanted the name of a file in this folder, found {}", index_path, in_quotes(tensor),
-                 in_quotes(shard.is_string() ? name : shard.type_name()));
+      throw_data("{}: weight_map {}: expected the name of a file in this folder, found {}", index_path,
+                 in_quotes(tensor), in_quotes(shard.is_string() ? name : shard.type_name()));
     }
     const auto [it, is_new] = opened.emplace(name, shards_.size());
     if (is_new) shards_.emplace_back(file(name));
     if (shards_[it->second].find(tensor) == nullptr) {
-      throw_data("{}: wanted tensor {}, which {} places here, found none", file(name), in_quotes(tensor), index_path);
+      throw_data("{}: expected tensor {}, which {} places here, found none", file(name), in_quotes(tensor), index_path);
     }
     shard_index_.emplace(tensor, it->second);
   }
@@ -93,7 +93,7 @@ std::optional<std::string> HfCheckpoint::chat_template() const {
       if (text != entry.end() && text->is_string()) return text->get<std::string>();
     }
   }
-  throw_data("{}: chat_template: wanted a text, or a list with one named 'default', found {}",
+  throw_data("{}: chat_template: expected a text, or a list with one named 'default', found {}",
              file("tokenizer_config.json"), found->type_name());
 }
 
@@ -106,7 +106,7 @@ std::vector<int64_t> HfCheckpoint::eos_token_ids() const {
     std::vector<int64_t> ids;
     for (const nlohmann::json& id : list) {
       if (!id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) {
-        throw_data("{}: eos_token_id: wanted a token id or a list of them, found {}", file(name),
+        throw_data("{}: eos_token_id: expected a token id or a list of them, found {}", file(name),
                    in_quotes(found->dump()));
       }
       ids.push_back(id.get<int64_t>());
@@ -135,7 +135,7 @@ bool HfCheckpoint::contains(std::string_view name) const {
 
 WeightView HfCheckpoint::weight(std::string_view name) const {
   if (const SafetensorsFile* shard = shard_of(name)) return shard->weight(name);
-  throw_data("{}: wanted tensor {}, found none among the checkpoint's {}", folder_, in_quotes(name),
+  throw_data("{}: expected tensor {}, found none among the checkpoint's {}", folder_, in_quotes(name),
              shard_index_.size());
 }
 

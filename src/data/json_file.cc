@@ -42,9 +42,9 @@ int nesting_depth(std::string_view text) {
 
 nlohmann::json parse_json(std::string_view text, const std::string& name) {
   if (text.size() > kMaxBytes)
-    throw_data("{}: wanted at most {} bytes of JSON, found {}", name, kMaxBytes, text.size());
+    throw_data("{}: expected at most {} bytes of JSON, found {}", name, kMaxBytes, text.size());
   if (const int depth = nesting_depth(text); depth > kMaxDepth) {
-    throw_data("{}: wanted JSON nested at most {} deep, found {}", name, kMaxDepth, depth);
+    throw_data("{}: expected JSON nested at most {} deep, found {}", name, kMaxDepth, depth);
   }
   std::unordered_set<std::string> outer_keys;
   const auto refuse_repeated = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
@@ -57,10 +57,10 @@ nlohmann::json parse_json(std::string_view text, const std::string& name) {
   try {
     return nlohmann::json::parse(text.begin(), text.end(), refuse_repeated);
   } catch (const nlohmann::json::parse_error& error) {
-    throw_data("{}: wanted JSON, found an error at byte {} of {}; the file is damaged or truncated", name, error.byte,
+    throw_data("{}: expected JSON, found an error at byte {} of {}; the file is damaged or truncated", name, error.byte,
                text.size());
   } catch (const nlohmann::json::exception& error) {  // a number out of range
-    throw_data("{}: wanted JSON, found {}", name, in_quotes(error.what()));
+    throw_data("{}: expected JSON, found {}", name, in_quotes(error.what()));
   }
 }
 
@@ -68,7 +68,7 @@ nlohmann::json read_json_object(const std::string& path) {
   const MappedFile file(path);
   nlohmann::json json =
       parse_json({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, file.path());
-  if (!json.is_object()) throw_data("{}: wanted a JSON object, found {}", path, json.type_name());
+  if (!json.is_object()) throw_data("{}: expected a JSON object, found {}", path, json.type_name());
   return json;
 }
 

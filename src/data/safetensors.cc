@@ -38,7 +38,7 @@ uint64_t element_bytes(std::string_view dtype) {
 
 uint64_t unsigned_number(const nlohmann::json& json, const std::string& path, const std::string& tensor) {
   if (!json.is_number_unsigned()) {
-    throw_data("{}: tensor {}: wanted sizes and offsets of 0 or more, found {}", path, in_quotes(tensor),
+    throw_data("{}: tensor {}: expected sizes and offsets of 0 or more, found {}", path, in_quotes(tensor),
                json.type_name());
   }
   return json.get<uint64_t>();
@@ -60,27 +60,27 @@ SafetensorsFile SafetensorsFile::from_bytes(std::span<const uint8_t> bytes, std:
 }
 
 void SafetensorsFile::parse() {
-  if (bytes_.size() < 8) throw_data("{}: wanted a safetensors file, found only {} bytes", path_, bytes_.size());
+  if (bytes_.size() < 8) throw_data("{}: expected a safetensors file, found only {} bytes", path_, bytes_.size());
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes_.data(), 8);
   if (header_bytes > std::min<uint64_t>(bytes_.size() - 8, kMaxHeaderBytes)) {
     throw_data(
-        "{}: wanted a safetensors header inside the file ({} bytes, at most {}), found a length of {}; the file is "
+        "{}: expected a safetensors header inside the file ({} bytes, at most {}), found a length of {}; the file is "
         "truncated or of another kind",
         path_, bytes_.size(), kMaxHeaderBytes, header_bytes);
   }
   const std::string_view text(reinterpret_cast<const char*>(bytes_.data()) + 8, header_bytes);
   const nlohmann::json header = parse_json(text, path_);
-  if (!header.is_object()) throw_data("{}: wanted a JSON object as header, found {}", path_, header.type_name());
+  if (!header.is_object()) throw_data("{}: expected a JSON object as header, found {}", path_, header.type_name());
   const std::span<const uint8_t> data = bytes_.subspan(8 + header_bytes);
 
   for (const auto& [name, description] : header.items()) {
     if (name == "__metadata__") {
       if (!description.is_object())
-        throw_data("{}: __metadata__: wanted an object, found {}", path_, description.type_name());
+        throw_data("{}: __metadata__: expected an object, found {}", path_, description.type_name());
       for (const auto& [key, value] : description.items()) {
         if (!value.is_string()) {
-          throw_data("{}: __metadata__ {}: wanted a string, found {}", path_, in_quotes(key), value.type_name());
+          throw_data("{}: __metadata__ {}: expected a string, found {}", path_, in_quotes(key), value.type_name());
         }
         metadata_[key] = value.get<std::string>();
       }
@@ -91,21 +91,21 @@ void SafetensorsFile::parse() {
     const auto offsets = description.is_object() ? description.find("data_offsets") : description.end();
     if (dtype == description.end() || !dtype->is_string() || shape == description.end() || !shape->is_array() ||
         offsets == description.end() || !offsets->is_array() || offsets->size() != 2) {
-      throw_data("{}: tensor {}: wanted dtype, shape and two data_offsets", path_, in_quotes(name));
+      throw_data("{}: tensor {}: expected dtype, shape and two data_offsets", path_, in_quotes(name));
     }
     SafetensorsEntry entry;
     entry.name = name;
     entry.dtype = dtype->get<std::string>();
     constexpr size_t kMaxDims = 8;
     if (shape->size() > kMaxDims) {
-      throw_data("{}: tensor {}: wanted at most {} dimensions, found {}", path_, in_quotes(name), kMaxDims,
+      throw_data("{}: tensor {}: expected at most {} dimensions, found {}", path_, in_quotes(name), kMaxDims,
                  shape->size());
     }
     uint64_t num_elements = 1;
     for (const nlohmann::json& item : *shape) {
       const uint64_t size = unsigned_number(item, path_, name);
       if (size > kMaxElements || (size != 0 && num_elements > kMaxElements / size)) {
-        throw_data("{}: tensor {}: wanted at most 2^48 elements, found shape {}", path_, in_quotes(name),
+        throw_data("{}: tensor {}: expected at most 2^48 elements, found shape {}", path_, in_quotes(name),
                    shape->dump());
       }
       num_elements *= size;
@@ -121,7 +121,7 @@ void SafetensorsFile::parse() {
     }
     const uint64_t size = element_bytes(entry.dtype);
     if (size != 0 && end - begin != num_elements * size) {
-      throw_data("{}: tensor {}: wanted {} bytes for {} of shape {}, found {}", path_, in_quotes(name),
+      throw_data("{}: tensor {}: expected {} bytes for {} of shape {}, found {}", path_, in_quotes(name),
                  num_elements * size, entry.dtype, shape_text(entry.shape), end - begin);
     }
     entry.bytes = data.subspan(begin, end - begin);
@@ -147,7 +147,7 @@ const SafetensorsEntry* SafetensorsFile::find(std::string_view name) const {
 WeightView SafetensorsFile::weight(std::string_view name) const {
   const SafetensorsEntry* entry = find(name);
   if (entry == nullptr) {
-    throw_data("{}: wanted tensor {}, found none among the file's {}", path_, in_quotes(name), entries_.size());
+    throw_data("{}: expected tensor {}, found none among the file's {}", path_, in_quotes(name), entries_.size());
   }
   WeightView view;
   view.name = entry->name;
@@ -160,8 +160,8 @@ WeightView SafetensorsFile::weight(std::string_view name) const {
   } else if (entry->dtype == "BF16") {
     view.type = WeightType::kBF16;
   } else {
-    throw_data("{}: tensor {}: wanted dtype F32, F16 or BF16, found {}; convert the checkpoint", path_, in_quotes(name),
-               in_quotes(entry->dtype));
+    throw_data("{}: tensor {}: expected dtype F32, F16 or BF16, found {}; convert the checkpoint", path_,
+               in_quotes(name), in_quotes(entry->dtype));
   }
   return view;
 }
@@ -223,7 +223,7 @@ void write_safetensors(const std::string& path, std::span<const WeightView> tens
     const WeightLayout element = layout(tensor.type);
     const int64_t wanted_bytes = tensor.num_elements() * element.block_bytes;
     if (element.block_elements != 1 || static_cast<int64_t>(tensor.bytes.size()) != wanted_bytes) {
-      throw_data("{}: tensor {}: wanted {} bytes of F32, F16 or BF16 for shape {}, found {} bytes of {}", path,
+      throw_data("{}: tensor {}: expected {} bytes of F32, F16 or BF16 for shape {}, found {} bytes of {}", path,
                  in_quotes(tensor.name), wanted_bytes, shape_text(tensor.shape), tensor.bytes.size(), element.name);
     }
     if (header.contains(tensor.name)) throw_data("{}: tensor {} appears twice", path, in_quotes(tensor.name));

@@ -23,7 +23,7 @@ TextReader::TextReader(std::string path, size_t chunk_bytes) : path_(std::move(p
   struct stat info{};
   if (::fstat(fd_, &info) != 0 || S_ISDIR(info.st_mode)) {
     if (fd_ != STDIN_FILENO) ::close(fd_);
-    throw_data("{}: wanted a text, found a directory", path_);
+    throw_data("{}: expected a text, found a directory", path_);
   }
   if (S_ISREG(info.st_mode)) size_bytes_ = info.st_size;
 }

@@ -75,7 +75,7 @@ std::vector<uint8_t> Tokenizer::missing_bytes() const {
 
 void Tokenizer::check_model_vocab(int64_t num_rows, std::string_view model_path) const {
   if (num_rows >= vocab_size()) return;  // more rows than tokens are padding
-  throw_data("{}: wanted an embedding row for each of the {} tokens of {}, found {} rows; tokenizer and model differ",
+  throw_data("{}: expected an embedding row for each of the {} tokens of {}, found {} rows; tokenizer and model differ",
              model_path, vocab_size(), tables_->name, num_rows);
 }
 

@@ -25,14 +25,14 @@ TokenKind kind_of(int64_t type, size_t id, const std::string& path) {
     case kUnused:
       return TokenKind::kUnused;
     default:
-      throw_data("{}: tokenizer.ggml.token_type of token {}: wanted 1 to 5, found {}", path, id, type);
+      throw_data("{}: tokenizer.ggml.token_type of token {}: expected 1 to 5, found {}", path, id, type);
   }
 }
 
 std::optional<TokenId> find_id(const GgufFile& file, std::string_view key) {
   const auto id = file.find_int(key);
   if (!id || *id == UINT32_MAX || *id == -1) return std::nullopt;  // some writers put "none" so
-  if (*id < 0 || *id > INT32_MAX) throw_data("{}: {}: wanted a token id, found {}", file.path(), key, *id);
+  if (*id < 0 || *id > INT32_MAX) throw_data("{}: {}: expected a token id, found {}", file.path(), key, *id);
   return static_cast<TokenId>(*id);
 }
 
@@ -41,13 +41,14 @@ std::optional<TokenId> find_id(const GgufFile& file, std::string_view key) {
 TokenizerDescription describe_gguf_tokenizer(const GgufFile& file) {
   const std::string_view model = file.get_string("tokenizer.ggml.model");
   if (model != "gpt2") {
-    throw_data("{}: tokenizer.ggml.model: wanted 'gpt2' (byte-level BPE), found {}; other tokenizers are not supported",
-               file.path(), in_quotes(model));
+    throw_data(
+        "{}: tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), found {}; other tokenizers are not supported",
+        file.path(), in_quotes(model));
   }
   const std::string_view pre = file.find_string("tokenizer.ggml.pre").value_or("");
   const auto pretokenizer = pretokenizer_from_gguf(pre);
   if (!pretokenizer) {
-    throw_data("{}: tokenizer.ggml.pre: wanted gpt-2, smollm, llama-bpe or qwen2, found {}", file.path(),
+    throw_data("{}: tokenizer.ggml.pre: expected gpt-2, smollm, llama-bpe or qwen2, found {}", file.path(),
                in_quotes(pre));
   }
 
@@ -63,10 +64,10 @@ TokenizerDescription describe_gguf_tokenizer(const GgufFile& file) {
   const auto texts = file.get_strings("tokenizer.ggml.tokens");
   const auto types = file.find_ints("tokenizer.ggml.token_type");
   if (types && types->size() != texts.size()) {
-    throw_data("{}: tokenizer.ggml.token_type: wanted one for each of {} tokens, found {}", file.path(), texts.size(),
+    throw_data("{}: tokenizer.ggml.token_type: expected one for each of {} tokens, found {}", file.path(), texts.size(),
                types->size());
   }
-  if (texts.size() > INT32_MAX) throw_data("{}: wanted at most 2^31 tokens, found {}", file.path(), texts.size());
+  if (texts.size() > INT32_MAX) throw_data("{}: expected at most 2^31 tokens, found {}", file.path(), texts.size());
   description.tokens.reserve(texts.size());
   for (size_t i = 0; i < texts.size(); ++i) {
     description.tokens.push_back({texts[i], types ? kind_of((*types)[i], i, file.path()) : TokenKind::kNormal});
@@ -77,7 +78,7 @@ TokenizerDescription describe_gguf_tokenizer(const GgufFile& file) {
   for (const std::string_view merge : merges) {
     const size_t space = merge.find(' ');
     if (space == merge.npos || space == 0 || space + 1 == merge.size() || merge.find(' ', space + 1) != merge.npos) {
-      throw_data("{}: merge {}: wanted two tokens with a space between, found {}", file.path(),
+      throw_data("{}: merge {}: expected two tokens with a space between, found {}", file.path(),
                  description.merges.size(), in_quotes(merge));
     }
     description.merges.emplace_back(merge.substr(0, space), merge.substr(space + 1));

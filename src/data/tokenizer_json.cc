@@ -53,7 +53,7 @@ class Reader {
 
  private:
   [[noreturn]] void refuse(std::string_view part, std::string_view wanted, std::string_view found) const {
-    throw_data("{}: {}: wanted {}, found {}", description_.name, part, wanted, in_quotes(found));
+    throw_data("{}: {}: expected {}, found {}", description_.name, part, wanted, in_quotes(found));
   }
 
   TokenId token_id(const Json& json, std::string_view part) const {
@@ -159,7 +159,7 @@ class Reader {
     if (i >= tokens.size()) tokens.resize(i + 1);
     // An added token may also stand in the vocabulary, under the same id.
     if (tokens[i].kind != TokenKind::kAbsent && tokens[i].text != text) {
-      throw_data("{}: {}: wanted one token for id {}, found {} and {}", description_.name, part, id,
+      throw_data("{}: {}: expected one token for id {}, found {} and {}", description_.name, part, id,
                  in_quotes(tokens[i].text), in_quotes(text));
     }
     tokens[i] = {text, kind};

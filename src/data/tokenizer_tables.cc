@@ -18,10 +18,10 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
       end_ids(description.end_ids),
       chat_template(description.chat_template) {
   const auto num_tokens = static_cast<TokenId>(description.tokens.size());
-  if (num_tokens == 0) throw_data("{}: wanted a vocabulary, found no tokens", name);
+  if (num_tokens == 0) throw_data("{}: expected a vocabulary, found no tokens", name);
   const auto check_id = [&](TokenId id, const char* what) {
     if (id < 0 || id >= num_tokens) {
-      throw_data("{}: {}: wanted an id below {}, the size of the vocabulary, found {}", name, what, num_tokens, id);
+      throw_data("{}: {}: expected an id below {}, the size of the vocabulary, found {}", name, what, num_tokens, id);
     }
   };
   if (bos) check_id(*bos, "the BOS token");
@@ -29,7 +29,7 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
   for (const TokenId id : end_ids) check_id(id, "an end token");
   std::sort(end_ids.begin(), end_ids.end());
   end_ids.erase(std::unique(end_ids.begin(), end_ids.end()), end_ids.end());
-  if (add_bos && !bos) throw_data("{}: wanted a BOS token, which the tokenizer says it adds, found none", name);
+  if (add_bos && !bos) throw_data("{}: expected a BOS token, which the tokenizer says it adds, found none", name);
 
   const ByteAlphabet alphabet;
   std::unordered_map<std::string_view, TokenId> normal_ids;  // by text in the byte alphabet
@@ -49,7 +49,7 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
       }
     }
     is_control[static_cast<size_t>(id)] = token.kind == TokenKind::kControl;
-    if (bytes.size() > UINT32_MAX) throw_data("{}: wanted at most 4 GiB of token text", name);
+    if (bytes.size() > UINT32_MAX) throw_data("{}: expected at most 4 GiB of token text", name);
     offsets.push_back(static_cast<uint32_t>(bytes.size()));
   }
   std::sort(fixed.begin(), fixed.end(), [](const FixedToken& a, const FixedToken& b) {
@@ -64,7 +64,7 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
     byte_ids[static_cast<size_t>(byte)] = it == normal_ids.end() ? -1 : it->second;
   }
   if (std::all_of(byte_ids.begin(), byte_ids.end(), [](TokenId id) { return id < 0; })) {
-    throw_data("{}: wanted a byte-level vocabulary, found no token of a single byte", name);
+    throw_data("{}: expected a byte-level vocabulary, found no token of a single byte", name);
   }
 
   std::vector<Bpe::Merge> merges;
@@ -79,7 +79,7 @@ TokenizerTables::TokenizerTables(const TokenizerDescription& description)
                                    std::pair(std::string_view(merged), &merge.merged)}) {
       const auto it = normal_ids.find(text);
       if (it == normal_ids.end()) {
-        throw_data("{}: merge {} ({} + {}): wanted three tokens of the vocabulary, found no {}", name, merges.size(),
+        throw_data("{}: merge {} ({} + {}): expected three tokens of the vocabulary, found no {}", name, merges.size(),
                    in_quotes(left), in_quotes(right), in_quotes(text));
       }
       *id = it->second;

@@ -39,7 +39,7 @@ void Prompt::compute() {
 
 std::vector<float> Prompt::finish() {
   if (!pending_.empty()) compute();
-  if (!last_hidden_.defined()) throw_data("the prompt is empty: wanted at least one token to continue from");
+  if (!last_hidden_.defined()) throw_data("the prompt is empty: expected at least one token to continue from");
   const c10::InferenceMode inference;
   return to_vector(model_.logits(last_hidden_));
 }

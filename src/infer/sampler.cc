@@ -8,21 +8,21 @@
 namespace sparsek {
 namespace {
 
-void wanted(bool holds, const char* option, const char* range, double found) {
-  if (!holds) throw_usage("{}: wanted {}, found {}", option, range, found);
+void expect(bool holds, const char* field, const char* range, double found) {
+  if (!holds) throw_field(field, "expected {}, found {}", range, found);
 }
 
 }  // namespace
 
 void check(const SamplingOptions& options) {
   // Each condition is written so that NaN fails it.
-  wanted(options.temperature >= 0 && options.temperature < 1e6, "--temperature", "a number >= 0", options.temperature);
-  wanted(options.top_k >= 0, "--top-k", "0 (off) or more", static_cast<double>(options.top_k));
-  wanted(options.top_p > 0 && options.top_p <= 1, "--top-p", "a number in (0, 1]", options.top_p);
-  wanted(options.min_p >= 0 && options.min_p <= 1, "--min-p", "a number in [0, 1]", options.min_p);
-  wanted(options.repetition_penalty > 0 && options.repetition_penalty < 1e6, "--repetition-penalty", "a number > 0",
+  expect(options.temperature >= 0 && options.temperature < 1e6, "temperature", "a number >= 0", options.temperature);
+  expect(options.top_k >= 0, "top_k", "0 (off) or more", static_cast<double>(options.top_k));
+  expect(options.top_p > 0 && options.top_p <= 1, "top_p", "a number in (0, 1]", options.top_p);
+  expect(options.min_p >= 0 && options.min_p <= 1, "min_p", "a number in [0, 1]", options.min_p);
+  expect(options.repetition_penalty > 0 && options.repetition_penalty < 1e6, "repetition_penalty", "a number > 0",
          options.repetition_penalty);
-  wanted(options.repetition_window >= 0 && options.repetition_window <= 1 << 20, "--repetition-window",
+  expect(options.repetition_window >= 0 && options.repetition_window <= 1 << 20, "repetition_window",
          "0 to 1048576 tokens", static_cast<double>(options.repetition_window));
 }
 

@@ -17,7 +17,7 @@ struct SamplingOptions {
   uint64_t seed = 0;
 };
 
-// Throws UsageError naming the option when a value is out of range.
+// Throws UsageError naming the field when a value is out of range.
 void check(const SamplingOptions& options);
 
 // The same seed, options and logits give the same tokens on every machine.

@@ -9,7 +9,7 @@ namespace sparsek {
 
 StopMatcher::StopMatcher(std::vector<std::string> sequences) : sequences_(std::move(sequences)) {
   for (const std::string& sequence : sequences_) {
-    if (sequence.empty()) throw_usage("--stop: wanted a text of at least one character, found an empty one");
+    if (sequence.empty()) throw_field("stop", "expected a text of at least one character, found an empty one");
   }
 }
 

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "base/error.h"
+#include "data/quote.h"
 #include "data/safetensors.h"
 
 namespace sparsek::model {
@@ -29,7 +30,7 @@ class Reader {
  public:
   explicit Reader(const std::string& path) : file_(path) {
     if (text("format") != kFormat) {
-      throw_data("{}: metadata format: expected \"{}\", found \"{}\"", path, kFormat, text("format"));
+      throw_data("{}: metadata format: expected '{}', found {}", path, kFormat, in_quotes(text("format")));
     }
   }
   const std::string& path() const { return file_.path(); }
@@ -37,7 +38,8 @@ class Reader {
   const std::string& text(const std::string& key) const {
     const auto it = file_.metadata().find(key);
     if (it == file_.metadata().end()) {
-      throw_data("{}: metadata key {} is missing; this is no sparsek adapter, or a damaged one", file_.path(), key);
+      throw_data("{}: expected metadata {}, found none; this is no sparsek adapter, or a damaged one", file_.path(),
+                 key);
     }
     return it->second;
   }
@@ -46,14 +48,14 @@ class Reader {
     int64_t number = 0;
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
     if (error != std::errc() || end != value.data() + value.size() || number < low || number > high) {
-      throw_data("{}: metadata {}: expected {} to {}, found \"{}\"", file_.path(), key, low, high, value);
+      throw_data("{}: metadata {}: expected {} to {}, found {}", file_.path(), key, low, high, in_quotes(value));
     }
     return number;
   }
   bool boolean(const std::string& key) const {
     const std::string& value = text(key);
     if (value != "true" && value != "false") {
-      throw_data("{}: metadata {}: expected true or false, found \"{}\"", file_.path(), key, value);
+      throw_data("{}: metadata {}: expected true or false, found {}", file_.path(), key, in_quotes(value));
     }
     return value == "true";
   }
@@ -67,8 +69,8 @@ class Reader {
       matches = shape[i] < 0 ? view.shape[i] >= 1 && view.shape[i] <= kMaxHidden : view.shape[i] == shape[i];
     }
     if (!matches) {
-      throw_data("{}: tensor {} has shape {}, expected {}", file_.path(), name, shape_text(view.shape),
-                 shape_text(shape));
+      throw_data("{}: tensor {}: expected shape {}, found {}", file_.path(), name, shape_text(shape),
+                 shape_text(view.shape));
     }
     at::Tensor values = at::empty(view.shape, at::kFloat);
     dequantise(view.type, view.bytes.data(), view.num_elements(), values.mutable_data_ptr<float>());
@@ -85,13 +87,13 @@ class Reader {
 
 void check_model(const Reader& file, const ModelConfig& model) {
   if (file.text("architecture") != name(model.architecture)) {
-    throw_data("{}: made for another model: architecture {}, this model has {}", file.path(), file.text("architecture"),
-               name(model.architecture));
+    throw_data("{}: made for another model: expected architecture {}, found {}; use the adapter of this model",
+               file.path(), name(model.architecture), in_quotes(file.text("architecture")));
   }
   for (const auto& [key, value] : model_sizes(model)) {
     if (const int64_t found = file.integer(key, 0, INT64_MAX); found != value) {
-      throw_data("{}: made for another model ({}): {} {}, this model has {}", file.path(), file.text("base"), key,
-                 found, value);
+      throw_data("{}: made for another model ({}): expected {} {}, found {}; use the adapter of this model",
+                 file.path(), in_quotes(file.text("base")), key, value, found);
     }
   }
 }
@@ -129,7 +131,7 @@ Adapter load_adapter(const std::string& path, const ModelConfig& model) {
   adapter.timestep_norm = file.boolean("timestep_norm");
   const std::string& gate = file.text("gate");
   if (gate != "soft" && gate != "hard")
-    throw_data("{}: metadata gate: expected soft or hard, found \"{}\"", path, gate);
+    throw_data("{}: metadata gate: expected soft or hard, found {}", path, in_quotes(gate));
   adapter.attention.gate = gate == "soft" ? Gate::kSoft : Gate::kHard;
   adapter.attention.topk = file.integer("topk", 1, int64_t{1} << 20);
   adapter.attention.window_size = file.integer("window_size", 1, int64_t{1} << 20);

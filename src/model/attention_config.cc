@@ -1,6 +1,7 @@
 #include "model/attention_config.h"
 
 #include "base/error.h"
+#include "data/quote.h"
 
 namespace sparsek::model {
 namespace {
@@ -9,22 +10,22 @@ constexpr int64_t kMaxKeys = int64_t{1} << 20;      // per kind of visible key: 
 constexpr int64_t kMaxDistance = int64_t{1} << 40;  // positions stay exact in double
 constexpr double kMaxSlope = 1e6;                   // scores stay finite in float32 at any position
 
-int64_t in_range(const char* option, int64_t value, int64_t low, int64_t high) {
-  if (value < low || value > high) throw_usage("{}: expected {} to {}, got {}", option, low, high, value);
+int64_t in_range(const char* field, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) throw_field(field, "expected {} to {}, found {}", low, high, value);
   return value;
 }
 
 template <class T>
-void refuse(const char* option, const std::optional<T>& value, AttentionKind kind, const char* kinds) {
-  if (value) throw_usage("{}: applies to --attention {} only, not to {}; leave it out", option, kinds, name(kind));
+void refuse(const char* field, const std::optional<T>& value, AttentionKind kind, const char* kinds) {
+  if (value) throw_field(field, "expected with {} attention only, found with {}; leave it out", kinds, name(kind));
 }
 
 // The asked value, the adapter's, or the default; says so when the first hides the second.
 template <class T, class Format>
-T choose(const char* option, const std::optional<T>& asked, const std::optional<T>& adapter, T otherwise, Format format,
+T choose(const char* field, const std::optional<T>& asked, const std::optional<T>& adapter, T otherwise, Format format,
          std::vector<std::string>* notices) {
   if (asked && adapter && *asked != *adapter && notices != nullptr) {
-    notices->push_back(fmt::format("{} {} overrides the adapter's {}", option, format(*asked), format(*adapter)));
+    notices->push_back(fmt::format("{} {} overrides the adapter's {}", field, format(*asked), format(*adapter)));
   }
   return asked.value_or(adapter.value_or(otherwise));
 }
@@ -32,18 +33,19 @@ T choose(const char* option, const std::optional<T>& asked, const std::optional<
 ScorerKind scorer_kind(const std::string& text) {
   if (text == "window_mass") return ScorerKind::kWindowMass;
   if (text == "key_norm") return ScorerKind::kKeyNorm;
-  if (text.empty()) throw_usage("--scorer: expected window_mass, key_norm or the path of an adapter, got nothing");
+  if (text.empty()) throw_field("scorer", "expected window_mass, key_norm or the path of an adapter, found nothing");
   return ScorerKind::kAdapter;
 }
 
 double choose_slope(const std::optional<double>& asked, ScorerKind scorer) {
   if (scorer == ScorerKind::kAdapter) {
-    if (asked) throw_usage("--slope: expected none beside an adapter, which has its own, got {}; leave it out", *asked);
+    if (asked)
+      throw_field("slope", "expected none beside an adapter, which has its own, found {}; leave it out", *asked);
     return 0;
   }
   const double slope = asked.value_or(scorer == ScorerKind::kWindowMass ? kWindowMassSlope : kKeyNormSlope);
   if (!(slope >= 0 && slope <= kMaxSlope)) {  // NaN fails it
-    throw_usage("--slope: expected a score per 1,024 positions from 0 to {}, got {}", kMaxSlope, slope);
+    throw_field("slope", "expected a score per 1,024 positions from 0 to {}, found {}", kMaxSlope, slope);
   }
   return slope;
 }
@@ -70,14 +72,14 @@ AttentionKind parse_attention_kind(const std::string& text) {
   for (AttentionKind kind : {AttentionKind::kDense, AttentionKind::kWindow, AttentionKind::kSparsek}) {
     if (text == name(kind)) return kind;
   }
-  throw_usage("--attention: expected dense, window or sparsek, got \"{}\"", text);
+  throw_field("attention", "expected dense, window or sparsek, found {}", in_quotes(text));
 }
 
 Gate parse_gate(const std::string& text) {
   for (Gate gate : {Gate::kSoft, Gate::kHard}) {
     if (text == name(gate)) return gate;
   }
-  throw_usage("--gate: expected soft or hard, got \"{}\"", text);
+  throw_field("gate", "expected soft or hard, found {}", in_quotes(text));
 }
 
 AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
@@ -86,17 +88,17 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   config.kind = request.kind;
   const bool has_selection = request.kind == AttentionKind::kSparsek;
   if (!has_selection) {
-    refuse("--topk", request.topk, request.kind, "sparsek");
-    refuse("--gate", request.gate, request.kind, "sparsek");
-    refuse("--slope", request.slope, request.kind, "sparsek");
+    refuse("topk", request.topk, request.kind, "sparsek");
+    refuse("gate", request.gate, request.kind, "sparsek");
+    refuse("slope", request.slope, request.kind, "sparsek");
     if (request.scorer != AttentionRequest{}.scorer) {
-      throw_usage("--scorer: applies to --attention sparsek only, not to {}; leave it out", name(request.kind));
+      refuse("scorer", std::optional(request.scorer), request.kind, "sparsek");
     }
   }
   if (request.kind == AttentionKind::kDense) {
-    refuse("--window", request.window_size, request.kind, "window and sparsek");
-    refuse("--sinks", request.num_sinks, request.kind, "window and sparsek");
-    refuse("--far-distance", request.far_distance, request.kind, "window and sparsek");
+    refuse("window_size", request.window_size, request.kind, "window and sparsek");
+    refuse("num_sinks", request.num_sinks, request.kind, "window and sparsek");
+    refuse("far_distance", request.far_distance, request.kind, "window and sparsek");
     return config;
   }
 
@@ -110,21 +112,22 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
     config.slope = choose_slope(request.slope, config.scorer);
     config.delayed_scores = config.scorer == ScorerKind::kWindowMass || proposed.delayed_scores;
     config.topk =
-        in_range("--topk", choose("--topk", request.topk, proposed.topk, int64_t{124}, number, notices), 1, kMaxKeys);
-    config.gate = choose("--gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);
+        in_range("topk", choose("topk", request.topk, proposed.topk, int64_t{124}, number, notices), 1, kMaxKeys);
+    config.gate = choose("gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);
   }
   // 1,024 keys in all. Of the splits tried for the untrained window_mass this one has the lowest loss that stays near
   // the window's on every text (bench/quality.py --sweep, bench/results).
   const int64_t default_window = has_selection ? 896 : 1020;
   config.window_size = in_range(
-      "--window", choose("--window", request.window_size, proposed.window_size, default_window, number, notices), 1,
-      kMaxKeys);
-  config.num_sinks = in_range(
-      "--sinks", choose("--sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0, kMaxKeys);
+      "window_size", choose("window_size", request.window_size, proposed.window_size, default_window, number, notices),
+      1, kMaxKeys);
+  config.num_sinks =
+      in_range("num_sinks", choose("num_sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0,
+               kMaxKeys);
   const int64_t visible = config.num_sinks + config.topk + config.window_size;
   config.far_distance = in_range(
-      "--far-distance", choose("--far-distance", request.far_distance, proposed.far_distance, visible, number, notices),
-      0, kMaxDistance);
+      "far_distance", choose("far_distance", request.far_distance, proposed.far_distance, visible, number, notices), 0,
+      kMaxDistance);
   return config;
 }
 

@@ -17,9 +17,9 @@ enum class ScorerKind : uint8_t { kWindowMass, kKeyNorm, kAdapter };
 const char* name(AttentionKind kind);  // "dense", "window", "sparsek"
 const char* name(Gate gate);           // "soft", "hard"
 
-// The inverse of the names above; throws UsageError naming the option.
-AttentionKind parse_attention_kind(const std::string& text);  // --attention
-Gate parse_gate(const std::string& text);                     // --gate
+// The inverse of the names above; throws UsageError naming the field ("attention", "gate").
+AttentionKind parse_attention_kind(const std::string& text);
+Gate parse_gate(const std::string& text);
 
 // Position slopes of the untrained scorers: what eq. 1 adds to a score per 1,024 positions.
 inline constexpr double kWindowMassSlope = 2;
@@ -28,13 +28,13 @@ inline constexpr double kKeyNormSlope = 0;
 // Unset fields take defaults: sparsek 124/896/4, window 1020/4, or the adapter's own numbers.
 struct AttentionRequest {
   AttentionKind kind = AttentionKind::kSparsek;
-  std::optional<int64_t> topk = {};          // --topk      sparsek only
-  std::optional<int64_t> window_size = {};   // --window    counts the query's own key
-  std::optional<int64_t> num_sinks = {};     // --sinks
-  std::optional<Gate> gate = {};             // --gate      sparsek only; hard for the untrained scorers
-  std::optional<int64_t> far_distance = {};  // --far-distance, 0: off (true positions); default sinks + topk + window
-  std::string scorer = "window_mass";        // --scorer    window_mass, key_norm, or the path of an adapter
-  std::optional<double> slope = {};          // --slope     untrained scorers only: an adapter has its own
+  std::optional<int64_t> topk = {};         // sparsek only
+  std::optional<int64_t> window_size = {};  // counts the query's own key
+  std::optional<int64_t> num_sinks = {};
+  std::optional<Gate> gate = {};             // sparsek only; hard for the untrained scorers
+  std::optional<int64_t> far_distance = {};  // 0: off (true positions); default sinks + topk + window
+  std::string scorer = "window_mass";        // window_mass, key_norm, or the path of an adapter
+  std::optional<double> slope = {};          // untrained scorers only: an adapter has its own
 };
 
 struct AttentionConfig {
@@ -59,7 +59,7 @@ struct AttentionDefaults {
   bool delayed_scores = false;  // a fact, not a proposal: some layer's alpha is not 0
 };
 
-// Throws UsageError naming the option when a value is out of range or does not apply to the kind. `adapter` is null
+// Throws UsageError naming the field when a value is out of range or does not apply to the kind. `adapter` is null
 // without one; where the request overrides it, a line is appended to `notices`.
 AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
                         std::vector<std::string>* notices);

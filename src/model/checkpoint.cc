@@ -4,6 +4,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "data/quote.h"
 
 namespace sparsek::model {
 namespace {
@@ -117,14 +118,14 @@ std::optional<WeightView> Checkpoint::find(WeightId id, int64_t layer) const {
   WeightView view = gguf_ ? gguf_->tensor(name) : huggingface_->weight(name);
   const std::vector<int64_t> wanted = wanted_shape(id, config_);
   if (view.shape != wanted) {
-    throw_data("{}: tensor {} has shape {}, expected {}", path_, name, shape_text(view.shape), shape_text(wanted));
+    throw_data("{}: tensor {}: expected shape {}, found {}", path_, name, shape_text(wanted), shape_text(view.shape));
   }
   return view;
 }
 
 WeightView Checkpoint::weight(WeightId id, int64_t layer) const {
   if (auto view = find(id, layer)) return *view;
-  throw_data("{}: the model has no tensor {}", path_, file_name(names_of(id), gguf_.has_value(), layer));
+  throw_data("{}: expected tensor {}, found none", path_, file_name(names_of(id), gguf_.has_value(), layer));
 }
 
 void Checkpoint::release(const WeightView& weight) const {
@@ -159,8 +160,9 @@ void Checkpoint::refuse_unknown_tensors() const {
   }
   const auto check = [&](const std::string& name) {
     if (!known.contains(name) && !name.ends_with(".rotary_emb.inv_freq")) {
-      throw_data("{}: unknown tensor {}: this variant of the {} architecture is not supported", path_, name,
-                 model::name(config_.architecture));
+      throw_data(
+          "{}: expected the tensors of the {} architecture, found the unknown tensor {}; this variant is not supported",
+          path_, model::name(config_.architecture), in_quotes(name));
     }
   };
   if (gguf_) {

@@ -1,6 +1,7 @@
 // ModelConfig from GGUF metadata.
 #include "base/error.h"
 #include "data/gguf.h"
+#include "data/quote.h"
 #include "model/config.h"
 
 namespace sparsek::model {
@@ -11,7 +12,8 @@ Architecture read_architecture(const GgufFile& file, const std::string& source) 
   for (Architecture architecture : {Architecture::kLlama, Architecture::kQwen2, Architecture::kQwen3}) {
     if (found == name(architecture)) return architecture;
   }
-  throw_data("{}: unsupported architecture \"{}\"; supported: llama, qwen2, qwen3", source, found);
+  throw_data("{}: expected architecture llama, qwen2 or qwen3, found {}; this model is not supported", source,
+             in_quotes(found));
 }
 
 RopeConfig read_rope(const GgufFile& file, const std::string& prefix, int64_t head_dim, const std::string& source) {
@@ -26,8 +28,8 @@ RopeConfig read_rope(const GgufFile& file, const std::string& prefix, int64_t he
     rope.scaling = RopeScaling::kLinear;
     rope.factor = file.get_float(prefix + "rope.scaling.factor");
   } else if (type != "none") {
-    throw_data("{}: unsupported rope scaling \"{}\"; supported: none, linear, and llama3 as rope_freqs.weight", source,
-               type);
+    throw_data("{}: expected rope scaling none, linear, or llama3 as rope_freqs.weight, found {}", source,
+               in_quotes(type));
   } else if (const double scale = file.find_float(prefix + "rope.scale_linear").value_or(1.0); scale != 1.0) {
     rope.scaling = RopeScaling::kLinear;  // the key of older files
     rope.factor = scale;
@@ -73,7 +75,7 @@ ModelConfig config_from_gguf(const GgufFile& file, const std::string& source) {
   config.rms_eps = file.get_float(prefix + "attention.layer_norm_rms_epsilon");
   const WeightView& embedding = file.tensor("token_embd.weight");
   if (embedding.shape.size() != 2) {
-    throw_data("{}: tensor token_embd.weight has shape {}, expected two dimensions", source,
+    throw_data("{}: tensor token_embd.weight: expected two dimensions, found shape {}", source,
                shape_text(embedding.shape));
   }
   config.vocab_size = file.find_int(prefix + "vocab_size").value_or(embedding.shape[0]);

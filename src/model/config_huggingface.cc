@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "data/quote.h"
 #include "model/config.h"
 
 namespace sparsek::model {
@@ -59,10 +60,10 @@ class Fields {
   }
 
  private:
-  [[noreturn]] void missing(const char* key) const { refuse("the key {}{} is missing", prefix_, key); }
+  [[noreturn]] void missing(const char* key) const { refuse("expected the key {}{}, found none", prefix_, key); }
   [[noreturn]] void wrong(const char* key, const char* wanted, const Json& found) const {
     const std::string text = found.dump(-1, ' ', true, Json::error_handler_t::replace);
-    refuse("{}{}: expected {}, found {}", prefix_, key, wanted, text.size() > 60 ? text.substr(0, 60) + "..." : text);
+    refuse("{}{}: expected {}, found {}", prefix_, key, wanted, in_quotes(text));
   }
   int64_t to_integer(const char* key, const Json& value) const {
     const bool fits =
@@ -83,13 +84,15 @@ Architecture read_architecture(const Fields& fields) {
     }
     found = list->front().get<std::string>();
   } else {
-    fields.refuse("the key architectures is missing");
+    fields.refuse("expected the key architectures, found none");
   }
   if (found == "LlamaForCausalLM") return Architecture::kLlama;
   if (found == "Qwen2ForCausalLM") return Architecture::kQwen2;
   if (found == "Qwen3ForCausalLM") return Architecture::kQwen3;
-  fields.refuse("unsupported architecture \"{}\"; supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
-                found);
+  fields.refuse(
+      "expected architecture LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM, found {}; this model is not "
+      "supported",
+      in_quotes(found));
 }
 
 void refuse_sliding_window(const Fields& fields) {
@@ -102,7 +105,8 @@ void refuse_sliding_window(const Fields& fields) {
     if (!types->is_array()) fields.refuse("layer_types: expected a list");
     for (const Json& type : *types) {
       if (type != "full_attention")
-        fields.refuse("layer_types: only \"full_attention\" is supported, found {}", type.dump());
+        fields.refuse("layer_types: expected \"full_attention\" only, found {}",
+                      in_quotes(type.dump(-1, ' ', true, Json::error_handler_t::replace)));
     }
   }
 }
@@ -131,7 +135,7 @@ RopeConfig read_rope(const Json& config, const Fields& fields, const std::string
     rope.original_context_length = scaling.number("original_max_position_embeddings");
     return rope;
   }
-  scaling.refuse("unsupported rope scaling \"{}\"; supported: default, linear, llama3", type);
+  scaling.refuse("expected rope_type default, linear or llama3, found {}", in_quotes(type));
 }
 
 }  // namespace
@@ -142,7 +146,7 @@ ModelConfig config_from_huggingface(const Json& json, const std::string& source)
   config.architecture = read_architecture(fields);
   config.model_name = fields.text_or("_name_or_path", "");
   if (const std::string act = fields.text_or("hidden_act", "silu"); act != "silu") {
-    fields.refuse("hidden_act: only \"silu\" is supported, found \"{}\"", act);
+    fields.refuse("hidden_act: expected silu, found {}", in_quotes(act));
   }
   if (fields.boolean_or("mlp_bias", false)) fields.refuse("mlp_bias: biases in the MLP are not supported");
   if (fields.find("quantization_config") != nullptr) {

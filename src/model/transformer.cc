@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "data/quote.h"
 #include "model/adapter.h"
 #include "model/attention.h"
 #include "model/checkpoint.h"
@@ -84,7 +85,7 @@ int64_t Transformer::weight_bytes() const {
 Transformer Transformer::load(const LoadOptions& options) {
   const c10::InferenceMode inference;
   if (options.dtype != at::kFloat && options.dtype != at::kBFloat16) {
-    throw_usage("--dtype: expected bf16 or f32, got {}", c10::toString(options.dtype));
+    throw_field("dtype", "expected bf16 or f32, found {}", c10::toString(options.dtype));
   }
   std::vector<std::string> notices;
   // Options are judged before the model is opened, and once more when the adapter's own numbers are known.
@@ -95,8 +96,8 @@ Transformer Transformer::load(const LoadOptions& options) {
   if (has_adapter) adapter = load_adapter(options.attention.scorer, config);
   const AttentionConfig attention = resolve(options.attention, has_adapter ? &adapter.attention : nullptr, &notices);
   if (has_adapter && !adapter.base.empty() && !config.model_name.empty() && adapter.base != config.model_name) {
-    notices.push_back(fmt::format("{} was made for \"{}\"; this model calls itself \"{}\"", options.attention.scorer,
-                                  adapter.base, config.model_name));
+    notices.push_back(fmt::format("{} was made for {}; this model calls itself {}", options.attention.scorer,
+                                  in_quotes(adapter.base), in_quotes(config.model_name)));
   }
   const int64_t expected_tokens = std::max(options.expected_tokens.value_or(0), int64_t{1});
   MemoryPlan plan{.weight_bytes = planned_weight_bytes(checkpoint, options.dtype),
@@ -165,7 +166,7 @@ void Transformer::Parts::attention_block(int64_t index, const RotaryTable& angle
 at::Tensor Transformer::forward(const at::Tensor& ids, DecodeState& state) const {
   const c10::InferenceMode inference;
   const Parts& parts = *parts_;
-  TORCH_CHECK(ids.dim() == 1 && ids.size(0) > 0, "forward: expected ids [tokens], at least one, got ", ids.sizes());
+  TORCH_CHECK(ids.dim() == 1 && ids.size(0) > 0, "forward: expected ids [tokens], at least one, found ", ids.sizes());
   TORCH_CHECK(static_cast<int64_t>(state.layers_.size()) == parts.config.num_layers,
               "forward: the state is not from this model's new_state()");
   const int64_t tokens = ids.size(0);
