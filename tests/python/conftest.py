@@ -1,7 +1,10 @@
 """`pytest --library PATH` tests another build of libsparsek_ops.so than build/release's."""
 
+import pathlib
+
 import pytest
 import torch
+from program import TEXT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,3 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(2406)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(TEXT * 40)
+    return path

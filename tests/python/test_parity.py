@@ -298,6 +298,70 @@ def test_types_of_weights(tool, tmp_path, matrix_type):
     assert bool(report["notices"]) == (matrix_type == "F16")  # held in F32
 
 
+def k_quant_blocks(shape, kind, rng):
+    """Random blocks of a K-quant for a matrix; PyPI gguf reads these types and writes none. The two half floats make values
+    of about 0.05 around zero: larger ones make the model chaotic."""
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, size=(shape[0], shape[1] // block_elements, block_bytes), dtype=np.uint8)
+    scale = lambda value: np.frombuffer(np.float16(value).tobytes(), np.uint8)  # noqa: E731
+    if kind == gguf.GGMLQuantizationType.Q6_K:  # signed scales: centred by themselves
+        blocks[..., -2:] = scale(3.6e-5)
+    else:
+        levels = 15 if kind == gguf.GGMLQuantizationType.Q4_K else 31
+        blocks[..., 0:2] = scale(0.0032 / levels)
+        blocks[..., 2:4] = scale(0.0016)  # the offset of the middle level
+    return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_are_computed_as_their_q8_0_re_encoding(tool, tmp_path, kind):
+    """K-quants have no kernel and become Q8_0 while loading: the very numbers that gguf's Q8_0 of the dequantised weights has, so
+    logits agree as closely as those of stored Q8_0; and they stay close to the model without the second rounding."""
+    kind, q8_0, rng = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.Q8_0, np.random.default_rng(8)
+    torch.manual_seed(11)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | dict(hidden_size=256, intermediate_size=512), rope_parameters=DEFAULT_ROPE))
+    model = model.float().eval()
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_block_count(3)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    exact, rounded = {}, {}
+    to_gguf = {value: key for key, value in (GLOBAL_NAMES | LAYER_NAMES).items()}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".", 3)
+        gguf_name = f"blk.{parts[2]}.{to_gguf[parts[3]]}" if parts[1] == "layers" else to_gguf[name]
+        if parameter.ndim == 1:
+            writer.add_tensor(gguf_name, parameter.detach().numpy())
+            continue
+        blocks = k_quant_blocks(parameter.shape, kind, rng)
+        writer.add_tensor(gguf_name, blocks, raw_dtype=kind)
+        values = gguf.dequantize(blocks, kind).astype(np.float32)
+        count = interleaved_heads(gguf_name, 4, 2)
+        for weights, matrix in ((exact, values), (rounded, gguf.dequantize(gguf.quantize(values, q8_0), q8_0))):
+            weights[name] = torch.from_numpy(unpermute(matrix, count) if count else matrix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = rng.integers(0, SIZES["vocab_size"], size=200).astype(np.int32)
+    report, logits = run_tool(tool, tmp_path / "model.gguf", ids, tmp_path, dtype="f32", chunk=150, steps=50)
+    assert any("Q8_0" in notice for notice in report["notices"])
+    expected = {}
+    for label, weights in (("rounded", rounded), ("exact", exact)):
+        model.load_state_dict(weights, strict=False)
+        with torch.inference_mode():
+            expected[label] = model(torch.from_numpy(ids).long()[None]).logits[0].numpy()
+    spread = expected["exact"].std()
+    print(kind.name, spread, max_difference(logits, expected["rounded"]), max_difference(logits, expected["exact"]))
+    assert spread > 0.3
+    assert max_difference(logits, expected["rounded"]) <= 1e-4
+    # A Q8_0 block rounds by up to 1/254 of its largest value, here about 0.4 %: some 8 % of the spread after three layers.
+    assert max_difference(logits, expected["exact"]) <= 0.15 * spread
+
+
 @pytest.mark.parametrize("extra, skip, mentions", [
     (lambda w: w.add_expert_count(8), (), "expert_count"),
     (lambda w: w.add_sliding_window(128), (), "sliding"),

@@ -1,0 +1,66 @@
+"""sparsek bench: tiny runs that end well, and every option that can be wrong."""
+import json
+
+import pytest
+from program import fails, run
+
+ATTENTION = ["bench", "attention", "--seqlen", "70,64", "--topk", 8, "--window", 8, "--repeats", 1]
+MODEL = ["bench", "model", "--model", "smollm2", "--context", "3,5", "--decode-tokens", 2, "--topk", 8, "--window", 8]
+
+
+@pytest.mark.parametrize("options", [[], ["--backward", "--dtype", "f32"], ["--scores", "rising", "--sinks", 2, "--no-dense"]],
+                         ids=["forward", "backward", "rising"])
+def test_attention(options):
+    result = run(*ATTENTION, *options, "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    assert [row["seqlen"] for row in found["results"]] == [70, 64]
+    for row in found["results"]:
+        assert 0 < row["sparsek"]["min_ms"] <= row["sparsek"]["median_ms"] <= row["sparsek"]["max_ms"]
+        assert ("dense" in row) == ("--no-dense" not in options)
+    table = run(*ATTENTION, *options).stdout.decode().splitlines()
+    assert len(table) == 3 and table[0].split()[0] == "tokens" and table[1].split()[0] == "70"
+
+
+def test_model():
+    result = run(*MODEL, "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    assert [row["context"] for row in found["results"]] == [3, 5]
+    assert all(row["read_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in found["results"])
+    assert len({row["state_bytes"] for row in found["results"]}) == 1
+    assert len(run(*MODEL).stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("command, options, mentions", [
+    (ATTENTION, ["--scores", "falling"], ["--scores", "falling", "rising"]),
+    (ATTENTION, ["--repeats", "0"], ["--repeats", "0"]),
+    (ATTENTION, ["--heads", "4", "--kv-heads", "3"], ["--heads", "4", "3"]),
+    (ATTENTION, ["--kv-heads", "0"], ["--kv-heads", "0"]),
+    (ATTENTION, ["--heads", "-9"], ["--heads", "-9"]),
+    (ATTENTION, ["--topk", "0"], ["--topk", "0"]),
+    (ATTENTION, ["--window", "0"], ["--window", "0"]),
+    (ATTENTION, ["--sinks", "-1"], ["--sinks", "-1"]),
+    (ATTENTION, ["--head-dim", "12"], ["--head-dim", "12"]),
+    (ATTENTION, ["--head-dim", "264"], ["--head-dim", "264"]),
+    (ATTENTION, ["--seqlen", "0"], ["--seqlen", "0"]),
+    (ATTENTION, ["--seqlen", "64,-1"], ["--seqlen", "-1"]),
+    (ATTENTION, ["--dtype", "f8"], ["--dtype", "f8"]),
+    (ATTENTION, ["--threads", "-1"], ["--threads", "-1"]),
+    (ATTENTION, ["--context", "8"], ["--context"]),
+    (MODEL, ["--context", "8,0"], ["--context", "0"]),
+    (MODEL, ["--decode-tokens", "0"], ["--decode-tokens", "0"]),
+    (MODEL, ["--chunk", "0"], ["--chunk", "0"]),
+    (MODEL, ["--threads", "2000"], ["--threads", "2000"]),
+    (MODEL, ["--dtype", "f8"], ["--dtype", "f8"]),
+    (MODEL, ["--topk", "0"], ["--topk", "0"]),
+    (MODEL, ["--sinks", "-1"], ["--sinks", "-1"]),
+    (MODEL, ["--gate", "open"], ["--gate", "open"]),
+    (MODEL, ["--slope", "-1"], ["--slope", "-1"]),
+    (MODEL, ["--attention", "dense"], ["--topk"]),
+    (["bench"], [], []),
+], ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) and value and value[0].startswith("--") else "")
+def test_wrong_usage_exits_2(command, options, mentions):
+    replaced = [option for option in options if option.startswith("--")]
+    kept = [part for i, part in enumerate(command) if part not in replaced and (i == 0 or command[i - 1] not in replaced)]
+    fails(2, *kept, *options, mentions=mentions)
