@@ -1,0 +1,23 @@
+// Lists of far rows, one per (KV head, chunk of queries): what attention's tiles gather from (kernels/params.h "Rows").
+#pragma once
+#include <cstdint>
+
+namespace sparsek::cuda {
+
+// A far row that some query of a chunk sees; u as in AttentionFwdParams::scores. Visible at queries [begin, end), where
+// what lies outside the chunk may be cut off.
+struct LiveRow {
+  int32_t row, begin, end;
+  float u;
+};
+
+// A list holds first the rows that every query of the chunk sees at weight 1, then those all see at weights inside
+// (0, 1), then the others.
+struct LiveLists {
+  LiveRow* rows;     // [batch * num_kv_heads, num_chunks, capacity]
+  int32_t* count;    // [batch * num_kv_heads, num_chunks]
+  int32_t* classes;  // [batch * num_kv_heads, num_chunks, 2] where the first and the second kind end
+  int32_t capacity;  // at least topk + num_sinks + chunk
+};
+
+}  // namespace sparsek::cuda

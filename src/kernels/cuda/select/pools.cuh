@@ -1,0 +1,246 @@
+// Steps 1 and 2 of the selection (problem.cuh): chunks by rank, the pools at all chunk ends, tau there.
+#pragma once
+#include "kernels/cuda/select/problem.cuh"
+
+namespace sparsek::cuda::selection {
+
+// One CTA per (chunk, lane): bitonic sort, four neighbours a thread. Also what a key that is never selected gets.
+constexpr int kSortThreads = 256, kSortEach = kMaxChunk / kSortThreads;
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constant__ Problem p) {
+  __shared__ uint64_t exchange[2][kMaxChunk];
+  __shared__ int bad_from;
+  const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
+  const int first = c * p.chunk, last = min(first + p.chunk, p.seqlen) - 1;
+  const Document opening = document_of(p, first), closing = p.cu_seqlens ? document_of(p, last) : opening;
+  if (t == 0) bad_from = INT32_MAX;
+  if (t == 0 && c == 0 && lane == 0) *p.next_item = 0;
+  __syncthreads();
+  uint64_t key[kSortEach];
+#pragma unroll
+  for (int n = 0; n < kSortEach; ++n) {
+    const int time = n * kSortThreads + t, i = first + time;
+    key[n] = ~uint64_t{0};
+    if (time >= p.chunk || i > last) continue;
+    const Document document = p.cu_seqlens ? document_of(p, i) : opening;
+    const float own = p.score(lane, i);
+    if (!isfinite(own) && document.ordinal == closing.ordinal) atomicMin(&bad_from, i);
+    const int arriving = i - p.window;
+    if (arriving >= document.begin + p.sinks) {
+      key[n] = arrival_key(document.ordinal - opening.ordinal, descending_bits(p.score(lane, arriving)), time);
+    }
+    const int64_t out = p.out(lane, i);
+    p.expiry[out] = p.frac_begin[out] = p.frac_end[out] = i + p.window;
+    const int64_t row = static_cast<int64_t>(lane) * p.seqlen + i;
+    const bool sink = i < document.begin + p.sinks;
+    if (p.row_scores) p.row_scores[row] = sink ? INFINITY : own;
+    if (p.far_begin) p.far_begin[row] = i + p.window;
+    if (p.far_end) p.far_end[row] = sink ? document.end : min(i + p.window, document.end);
+    if (p.window_begin && lane % p.heads == 0) {
+      p.window_begin[static_cast<int64_t>(lane / p.heads) * p.seqlen + i] = max(document.begin, i - p.window + 1);
+    }
+  }
+  // Place t * kSortEach + n.
+  int buffer = 0;
+  const auto order = [](uint64_t& low, uint64_t& high, bool ascending) {
+    if ((low > high) == ascending) {
+      const uint64_t x = low;
+      low = high, high = x;
+    }
+  };
+  for (int size = 2; size <= kMaxChunk; size *= 2) {
+    const bool ascending = (t * kSortEach & size) == 0;
+    for (int stride = size / 2; stride >= kSortEach; stride /= 2) {
+      const int other_thread = t ^ (stride / kSortEach);
+      const bool keep_smaller = ascending == (t < other_thread);
+      uint64_t other[kSortEach];
+      if (stride >= 32 * kSortEach) {
+#pragma unroll
+        for (int n = 0; n < kSortEach; ++n) exchange[buffer][n * kSortThreads + t] = key[n];
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < kSortEach; ++n) other[n] = exchange[buffer][n * kSortThreads + other_thread];
+        buffer ^= 1;
+      } else {
+#pragma unroll
+        for (int n = 0; n < kSortEach; ++n) other[n] = __shfl_xor_sync(0xffffffffu, key[n], stride / kSortEach);
+      }
+#pragma unroll
+      for (int n = 0; n < kSortEach; ++n) key[n] = (key[n] < other[n]) == keep_smaller ? key[n] : other[n];
+    }
+    if (size >= 4) order(key[0], key[2], ascending), order(key[1], key[3], ascending);
+    order(key[0], key[1], ascending), order(key[2], key[3], size == 2 ? false : ascending);
+  }
+  __syncthreads();
+  int total = 0, before = 0;  // before: of documents that end in the chunk
+  const int closing_ordinal = closing.ordinal - opening.ordinal;
+#pragma unroll
+  for (int n = 0; n < kSortEach; ++n) {
+    const bool valid = key[n] != ~uint64_t{0};
+    before += __syncthreads_count(valid && arrival_ordinal(key[n]) < closing_ordinal);
+    total += __syncthreads_count(valid);
+    exchange[0][t * kSortEach + n] = key[n];
+  }
+  __syncthreads();
+  const int64_t slot = p.slot(lane, c);
+  for (int r = t; r < total; r += kSortThreads) {
+    const uint64_t sorted = exchange[0][r];
+    p.sorted[slot * kMaxChunk + r] = sorted;
+    if (r >= before && r - before < p.pool_size) {
+      p.pools[0][slot * p.pool_size + r - before] =
+          pool_key(arrival_bits(sorted), first + arrival_time(sorted) - p.window);
+    }
+  }
+  if (t == 0) p.states[0][slot] = {min(total - before, p.pool_size), closing.begin >= first, bad_from};
+}
+
+// Level l of an inclusive scan over chunks (Sklansky): chunk c with bit l set takes in all of the 2^l chunks before
+// its own 2^l. One CTA per tile of the result.
+constexpr int kMergeThreads = 256, kMergeEach = 8, kMergeTile = kMergeThreads * kMergeEach;
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Problem p, int level) {
+  const int x = blockIdx.x, c = (x >> level) << (level + 1) | 1 << level | (x & ((1 << level) - 1));
+  const int tile = blockIdx.y, lane = blockIdx.z;
+  if (c >= p.num_chunks) return;
+  const int left_chunk = ((c >> level) << level) - 1;
+  const int left_buffer = pool_buffer(left_chunk, level), right_buffer = pool_buffer(c, level),
+            out_buffer = right_buffer ^ 1;
+  const int64_t slot = p.slot(lane, c), left_slot = p.slot(lane, left_chunk);
+  const PoolState left_state = p.states[left_buffer][left_slot], right_state = p.states[right_buffer][slot];
+  const int num_left = right_state.sealed ? 0 : left_state.count, num_right = right_state.count;
+  const int total = min(p.pool_size, num_left + num_right);
+  if (tile == 0 && threadIdx.x == 0) {
+    p.states[out_buffer][slot] = {
+        total, right_state.sealed | left_state.sealed,
+        right_state.sealed ? right_state.bad_from : min(left_state.bad_from, right_state.bad_from)};
+  }
+  const int begin = tile * kMergeTile, end = min(begin + kMergeTile, total);
+  if (begin >= end) return;
+  const uint64_t* left = p.pools[left_buffer] + left_slot * p.pool_size;
+  const uint64_t* right = p.pools[right_buffer] + slot * p.pool_size;
+  // How many of the first `begin` (warp 0) and `end` (warp 1) come from the left: 32 candidates at a time.
+  __shared__ int from_left[2];
+  if (threadIdx.x < 64) {
+    const int warp_lane = threadIdx.x & 31, diagonal = threadIdx.x < 32 ? begin : end;
+    int low = max(0, diagonal - num_right), high = min(diagonal, num_left);
+    while (low < high) {
+      const int step = (high - low + 31) / 32, at = low + warp_lane * step;
+      const bool smaller = at < high && left[at] < right[diagonal - 1 - at];
+      const int count = __popc(__ballot_sync(0xffffffffu, smaller));
+      if (count == 0) break;
+      high = min(high, low + count * step);
+      low += (count - 1) * step + 1;
+    }
+    if (warp_lane == 0) from_left[threadIdx.x / 32] = low;
+  }
+  __syncthreads();
+  const int left_begin = from_left[0], left_count = from_left[1] - left_begin;
+  const int right_begin = begin - left_begin, count = end - begin;
+  __shared__ uint64_t keys[kMergeTile],
+      merged[kMergeTile + kMergeThreads];  // merged: a gap per thread against bank conflicts
+  for (int n = threadIdx.x; n < count; n += kMergeThreads) {
+    keys[n] = n < left_count ? left[left_begin + n] : right[right_begin + n - left_count];
+  }
+  __syncthreads();
+  const int diagonal = min(static_cast<int>(threadIdx.x) * kMergeEach, count), right_count = count - left_count;
+  int a = partition_point(max(0, diagonal - right_count), min(diagonal, left_count),
+                          [&](int n) { return keys[n] < keys[left_count + diagonal - 1 - n]; });
+  int b = diagonal - a;
+  for (int n = diagonal; n < min(diagonal + kMergeEach, count); ++n) {
+    const bool take_left = b >= right_count || (a < left_count && keys[a] < keys[left_count + b]);
+    merged[n + n / kMergeEach] = take_left ? keys[a] : keys[left_count + b];
+    (take_left ? a : b) += 1;
+  }
+  __syncthreads();
+  uint64_t* to = p.pools[out_buffer] + slot * p.pool_size + begin;
+  for (int n = threadIdx.x; n < count; n += kMergeThreads) to[n] = merged[n + n / kMergeEach];
+}
+
+// tau of the pool behind each chunk. One CTA per (chunk, lane). Both boundaries are monotone searches for f(x) < topk,
+// f(x) = sum clamp(u - x, 0, 1): keys with f(u) < k have u > tau, keys with f(u - 1) < k have u - 1 > tau (at a flat
+// root tau is its right end).
+constexpr int kThresholdThreads = 512, kPrefixes = 4096;
+__global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __grid_constant__ Problem p) {
+  __shared__ double prefix_gapped[kPrefixes + kPrefixes / 8 + 1];  // gaps against bank conflicts
+  __shared__ float head_gapped[kPrefixes + kPrefixes / 8];
+  __shared__ double warp_sum[kThresholdThreads / 32];
+  const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
+  const int64_t slot = p.slot(lane, c);
+  const PoolState state = p.states[final_buffer(c)][slot];
+  const int count = state.count;
+  if (count <= p.topk) {
+    if (t == 0) p.thresholds[slot] = {0, count, count, count, state.bad_from, -INFINITY};
+    return;
+  }
+  const uint64_t* keys = p.pools[final_buffer(c)] + slot * p.pool_size;
+  // Sums are of u - reference, cut off: fractional keys are within 1 of it, and others must not cost their digits.
+  const double reference = pool_score(keys[p.topk - 1]);
+  const int stride = (count + kPrefixes - 1) / kPrefixes,
+            groups = (count + stride - 1) / stride;  // one prefix sum every `stride` keys
+  for (int n = t; n < min(count, kPrefixes); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
+  __syncthreads();
+  const auto u = [&](int n) { return n < kPrefixes ? head_gapped[n + n / 8] : pool_score(keys[n]); };
+  const auto prefix = [&](int g) -> double& { return prefix_gapped[g + g / 8]; };
+  const auto value = [&](int n) { return fmin(fmax(u(n) - reference, -2.0), 2.0); };
+  {
+    const int each = (groups + kThresholdThreads - 1) / kThresholdThreads, from = min(t * each, groups),
+              to = min(from + each, groups);
+    double own = 0;
+    for (int n = from * stride; n < min(to * stride, count); ++n) own += value(n);
+    double sum = own;
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_up_sync(0xffffffffu, sum, step);
+      if ((t & 31) >= step) sum += other;
+    }
+    if ((t & 31) == 31) warp_sum[t / 32] = sum;
+    __syncthreads();
+    double before = sum - own;
+    for (int w = 0; w < t / 32; ++w) before += warp_sum[w];
+    for (int g = from; g < to; ++g) {
+      prefix(g) = before;
+      for (int n = g * stride; n < min((g + 1) * stride, count); ++n) before += value(n);
+      if (g == groups - 1) prefix(groups) = before;
+    }
+    __syncthreads();
+  }
+  const auto sum_before = [&](int n) {
+    double sum = prefix(n / stride);
+    for (int m = n / stride * stride; m < n; ++m) sum += value(m);
+    return sum;
+  };
+  const bool support =
+      t < kThresholdThreads / 2;  // this half searches the end of the support, the other that of the ones
+  const int rank = t & (kThresholdThreads / 2 - 1);
+  const auto below = [&](int n) {
+    const double x = support ? static_cast<double>(u(n)) : u(n) - 1.0;
+    const int ones = support ? partition_point(0, n, [&](int m) { return u(m) >= x + 1; }) : n;
+    const int end = support ? n : partition_point(n, count, [&](int m) { return u(m) > x; });
+    return ones + (sum_before(end) - sum_before(ones)) - (end - ones) * (x - reference) < p.topk - kRootMargin;
+  };
+  int low[2] = {0, 0}, high[2] = {count, count};
+  while (low[0] < high[0] || low[1] < high[1]) {
+    const int mine = support ? 0 : 1,
+              step = max(1, (high[mine] - low[mine] + kThresholdThreads / 2 - 1) / (kThresholdThreads / 2));
+    const int at = low[mine] + rank * step;
+    const bool holds = at < high[mine] && below(at);
+    const int held[2] = {__syncthreads_count(support && holds), __syncthreads_count(!support && holds)};
+    for (int n = 0; n < 2; ++n) {
+      const int width = max(1, (high[n] - low[n] + kThresholdThreads / 2 - 1) / (kThresholdThreads / 2));
+      if (held[n] == 0) {
+        high[n] = low[n];
+      } else {
+        high[n] = min(high[n], low[n] + held[n] * width);
+        low[n] += (held[n] - 1) * width + 1;
+      }
+    }
+  }
+  if (t == 0) {
+    const int num_support = low[0], num_ones = min(low[1], num_support);
+    const double sum = sum_before(num_support) - sum_before(num_ones);
+    const int fractional = num_support - num_ones;
+    const double tau = fractional > 0 ? reference + (sum + (num_ones - p.topk)) / fractional : u(num_ones - 1) - 1.0;
+    const float rounded = static_cast<float>(tau);
+    p.thresholds[slot] = {
+        sum - fractional * (rounded - reference), count, num_ones, num_support, state.bad_from, rounded};
+  }
+}
+
+}  // namespace sparsek::cuda::selection

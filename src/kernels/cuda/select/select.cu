@@ -1,0 +1,98 @@
+#include "kernels/cuda/select/select.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/select/chunk.cuh"
+#include "kernels/cuda/select/pools.cuh"
+
+namespace sparsek::cuda {
+namespace {
+
+// Hands out parts of the workspace, or only counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<uint8_t*>(base)) {}
+  template <class T>
+  void take(T*& part, int64_t count) {
+    part = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+selection::Problem describe(const SelectParams& params, int chunk) {
+  selection::Problem p{};
+  p.scores = static_cast<const float*>(params.scores);
+  p.cu_seqlens = params.cu_seqlens;
+  p.tau = static_cast<float*>(params.tau);
+  p.expiry = params.expiry, p.frac_begin = params.frac_begin, p.frac_end = params.frac_end;
+  p.scores_batch = params.scores_strides.batch, p.scores_seq = params.scores_strides.seq,
+  p.scores_head = params.scores_strides.head;
+  p.out_batch = params.out_strides.batch, p.out_seq = params.out_strides.seq, p.out_head = params.out_strides.head;
+  p.batch = params.batch, p.seqlen = params.seqlen, p.heads = params.num_kv_heads,
+  p.num_documents = params.num_documents;
+  p.topk = params.topk, p.window = params.window_size, p.sinks = params.num_sinks;
+  const bool limited = params.pool_size > 0 && params.pool_size < params.seqlen;
+  p.pool_size = limited ? params.pool_size : std::max(params.seqlen, std::min(params.topk, params.seqlen) + 1);
+  p.chunk = chunk;
+  p.num_chunks = (params.seqlen + chunk - 1) / chunk;
+  return p;
+}
+
+int num_chunk_ctas(const selection::Problem& p) {
+  return static_cast<int>(std::min<int64_t>(2 * num_multiprocessors(), int64_t{p.batch} * p.heads * p.num_chunks));
+}
+
+int64_t carve(selection::Problem& p, void* workspace) {
+  Carver carver(workspace);
+  const int64_t slots = int64_t{p.batch} * p.heads * p.num_chunks;
+  carver.take(p.sorted, slots * selection::kMaxChunk);
+  for (int n = 0; n < 2; ++n) carver.take(p.pools[n], slots * p.pool_size), carver.take(p.states[n], slots);
+  carver.take(p.thresholds, slots);
+  carver.take(p.next_item, 1);
+  const int64_t entries = int64_t{p.pool_size} + p.chunk + 1;
+  p.overflow_bytes = entries <= selection::kSharedEntries ? 0 : (entries + 31) / 32 * 32 * selection::kEntryBytes;
+  carver.take(p.overflow, p.overflow_bytes * num_chunk_ctas(p));
+  return carver.used();
+}
+
+}  // namespace
+
+int64_t select_workspace_bytes(const SelectParams& params, int chunk) {
+  selection::Problem p = describe(params, chunk);
+  return carve(p, nullptr);
+}
+
+void select(const SelectParams& params, const SelectRows& rows, int chunk, void* workspace, cudaStream_t stream) {
+  assert(params.dtype == DType::kF32 && params.topk >= 1 && params.window_size >= 1 && params.num_sinks >= 0 &&
+         params.seqlen >= 1);
+  assert(chunk >= 1 && chunk <= selection::kMaxChunk);
+  selection::Problem p = describe(params, chunk);
+  carve(p, workspace);
+  p.row_scores = rows.row_scores, p.far_begin = rows.far_begin, p.far_end = rows.far_end,
+  p.window_begin = rows.window_begin;
+  p.live = rows.live;
+  const unsigned lanes = p.batch * p.heads, chunks = p.num_chunks;
+  selection::sort_kernel<<<dim3(chunks, lanes), selection::kSortThreads, 0, stream>>>(p);
+  const unsigned tiles = (p.pool_size + selection::kMergeTile - 1) / selection::kMergeTile;
+  for (int level = 0; (1 << level) < p.num_chunks; ++level) {
+    // The most chunks that have this bit set.
+    const unsigned merges = (p.num_chunks >> (level + 1) << level) +
+                            std::clamp((p.num_chunks & ((2 << level) - 1)) - (1 << level), 0, 1 << level);
+    selection::merge_kernel<<<dim3(merges, tiles, lanes), selection::kMergeThreads, 0, stream>>>(p, level);
+  }
+  selection::threshold_kernel<<<dim3(chunks, lanes), selection::kThresholdThreads, 0, stream>>>(p);
+  constexpr int kSharedBytes = sizeof(selection::ChunkShared) + selection::kSharedEntries * selection::kEntryBytes;
+  check_cuda(cudaFuncSetAttribute(selection::chunk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+             "cudaFuncSetAttribute");
+  selection::chunk_kernel<<<num_chunk_ctas(p), selection::kChunkThreads, kSharedBytes, stream>>>(p);
+  check_cuda(cudaGetLastError(), "select");
+}
+
+}  // namespace sparsek::cuda
