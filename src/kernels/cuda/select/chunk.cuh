@@ -40,15 +40,15 @@ struct Entries {
 
 // Where the walk of an interval starts: entry indices. Keys before `ones` have p = 1, those up to `support` a fraction.
 struct Boundary {
-  int ones, support, kth, edge;
+  double sum_ones, sum_support;  // of values before them
+  int ones, support, num_ones, num_support, kth, edge, present;
 };
 
 struct ChunkShared {
   float tau[kMaxChunk];
   float arrival_u[kMaxChunk];
-  double block_sum[kMaxChunk / 32 + 1]
-                  [kIntervals];  // later: by query, sum u - reference over the fractions - (topk - ones)
-  uint16_t block_count[kMaxChunk / 32 + 1][kIntervals];
+  double block_sum[33][kIntervals + 1];  // later: by query, sum u - reference over the fractions - (topk - ones)
+  uint16_t block_count[33][kIntervals + 2];
   int32_t entry[kMaxChunk];           // of the key that arrives at a query, -1: none that matters
   uint16_t arrival_time[kMaxChunk];   // as Entries::time, by arrival rank
   int16_t document_begin[kMaxChunk];  // of a query's document, from the chunk's first; -1: before it
@@ -77,7 +77,9 @@ struct Chunk {
   const uint64_t* pool;
   int num_pool;                                                        // keys that can still matter
   int num_opening, kept_opening, num_kept, num_entries, pool_entries;  // arrivals; entries
-  double reference, ceiling;                                           // sums are of value(u)
+  double reference;
+  float ceiling;    // sums are of value(u)
+  int block_shift;  // arrivals are summed in blocks of 8, 16 or 32 by rank
 
   __device__ Chunk(const Problem& p, ChunkShared& s, int lane, int c) : p(p), s(s), lane(lane), c(c), t(threadIdx.x) {}
 
@@ -100,7 +102,7 @@ struct Chunk {
     return false;
   }
   // Ones never enter a sum, so theirs may be cut off: it would cost the others their digits.
-  __device__ double value(float u) const { return fmin(u - reference, ceiling); }
+  __device__ double value(float u) const { return fminf(u, ceiling) - reference; }
   __device__ float pool_u(int pool_rank) const { return pool_score(pool[pool_rank]); }
 
   __device__ void describe() {
@@ -116,7 +118,7 @@ struct Chunk {
     reference = start.count > p.topk ? start.tau : end.count > p.topk ? end.tau : 0.0f;
 
     const bool known_end = opening.end >= first + length && end.count > p.topk;
-    ceiling = known_end ? end.tau - reference + 4 : static_cast<double>(INFINITY);
+    ceiling = known_end ? end.tau + 4 : INFINITY;
 
 #pragma unroll 1
     for (int i = t; i < kMaxChunk; i += kChunkThreads) {
@@ -289,31 +291,37 @@ struct Chunk {
       before += e.time[n] == 0 ? value(e.u[n]) : 0.0;
     }
     if (t == kChunkThreads - 1) e.sum[num_entries] = before;
-    // Of each 32 arrivals by rank, how many are there when an interval starts, and their sum; then those before.
-    const int interval = t & 31, starts = interval * interval_length();
+    // Of each block of arrivals by rank, how many are there when an interval starts, and their sum; then those before.
+    block_shift = num_kept <= 256 ? 3 : num_kept <= 512 ? 4 : 5;
+    const int lane32 = t & 31, starts = lane32 * interval_length();
 #pragma unroll 1
-    for (int block = t / 32; block * 32 < num_kept; block += kChunkThreads / 32) {
+    for (int block = t / 32; block << block_shift < num_kept; block += kChunkThreads / 32) {
       int count = 0;
       double total = 0;
-#pragma unroll 1
-      for (int r = block * 32; r < min(block * 32 + 32, num_kept); ++r) {
+#pragma unroll 4
+      for (int r = block << block_shift; r < min((block + 1) << block_shift, num_kept); ++r) {
         if (s.arrival_time[r] <= starts) ++count, total += value(s.arrival_u[r]);
       }
-      s.block_count[block][interval] = static_cast<uint16_t>(count);
-      s.block_sum[block][interval] = total;
+      s.block_count[block][lane32] = static_cast<uint16_t>(count);
+      s.block_sum[block][lane32] = total;
     }
     __syncthreads();
-    if (t < 32) {
-      int count = 0;
-      double total = 0;
 #pragma unroll 1
-      for (int block = 0; block * 32 < num_kept + 32; ++block) {
-        const int own_count = s.block_count[block][t];
-        const double own_sum = s.block_sum[block][t];
-        s.block_count[block][t] = static_cast<uint16_t>(count);
-        s.block_sum[block][t] = total;
-        count += own_count, total += own_sum;
+    for (int interval = t / 32; interval < kIntervals; interval += kChunkThreads / 32) {
+      const bool there = lane32 << block_shift < num_kept;
+      const int own_count = there ? s.block_count[lane32][interval] : 0;
+      const double own_sum = there ? s.block_sum[lane32][interval] : 0.0;
+      int count = own_count;
+      double total = own_sum;
+#pragma unroll 1
+      for (int step = 1; step < 32; step *= 2) {
+        const int other_count = __shfl_up_sync(0xffffffffu, count, step);
+        const double other_sum = __shfl_up_sync(0xffffffffu, total, step);
+        if (lane32 >= step) count += other_count, total += other_sum;
       }
+      s.block_count[lane32 + 1][interval] = static_cast<uint16_t>(count);
+      s.block_sum[lane32 + 1][interval] = total;
+      if (lane32 == 0) s.block_count[0][interval] = 0, s.block_sum[0][interval] = 0;
     }
     __syncthreads();
   }
@@ -336,11 +344,11 @@ struct Chunk {
   // Keys present when an interval starts that rank before an entry of the segment (plus what earlier documents bring),
   // and the sum of their values; pool keys that are no entries are counted but not summed.
   __device__ int keys_before(const Entries& e, const Segment& g, int interval, int at, double& sum) const {
-    const int rank = e.rank[at], block = rank >> 5, starts = interval * interval_length();
+    const int rank = e.rank[at], block = rank >> block_shift, starts = interval * interval_length();
     int count = s.block_count[block][interval];
     sum = s.block_sum[block][interval] + e.sum[at];
-#pragma unroll 1
-    for (int r = block * 32; r < rank; ++r) {
+#pragma unroll 4
+    for (int r = block << block_shift; r < rank; ++r) {
       if (s.arrival_time[r] <= starts) ++count, sum += value(s.arrival_u[r]);
     }
     return count + (!g.has_pool ? 0 : at == g.end ? num_pool : e.pool_rank[at]);
@@ -388,6 +396,7 @@ struct Chunk {
         return keys_before(e, g, interval, n + 1, unused) - before_first < rank;
       });
     };
+    const auto u = [&](int n) { return e.u[n]; };
     int result = -1;
     if (what == 2) {
       const int found = place(present >= p.topk, p.topk);
@@ -404,17 +413,16 @@ struct Chunk {
         if (searched && g.has_pool && opening.end >= first + length) {
           const double margin = 1e-5 * fmax(1.0, fmax(start.count > p.topk ? fabs(static_cast<double>(start.tau)) : 0.0,
                                                       fabs(static_cast<double>(end.tau))));
-          support_low = partition_point(g.begin, g.end, [&](int n) { return e.u[n] > end.tau + margin; });
-          ones_low = partition_point(g.begin, g.end, [&](int n) { return e.u[n] > end.tau + 1.0 + margin; });
-          if (start.count > p.topk)
-            ones_high = partition_point(g.begin, g.end, [&](int n) { return e.u[n] >= start.tau + 1.0 - margin; });
+          support_low = first_not_above(u, g.begin, g.end, end.tau + margin);
+          ones_low = first_not_above(u, g.begin, g.end, end.tau + 1.0 + margin);
+          if (start.count > p.topk) ones_high = first_below(u, g.begin, g.end, start.tau + 1.0 - margin);
         }
-        support_low = min(support_low, limit);
+        ones_low = min(ones_low, limit), ones_high = min(ones_high, limit), support_low = min(support_low, limit);
         const double old = searched ? old_fractions(e, g) : 0;
         const auto below = [&](int n) {
           const double x = what == 0 ? static_cast<double>(e.u[n]) : e.u[n] - 1.0;
-          const int ones = what == 0 ? partition_point(ones_low, ones_high, [&](int m) { return e.u[m] >= x + 1; }) : n;
-          const int support = what == 0 ? n : partition_point(support_low, limit, [&](int m) { return e.u[m] > x; });
+          const int ones = what == 0 ? first_below(u, ones_low, ones_high, x + 1) : n;
+          const int support = what == 0 ? n : first_not_above(u, support_low, limit, x);
           double sum_ones, sum_support;
           const int num_ones = keys_before(e, g, interval, ones, sum_ones) - before_first;
           const int num_support = keys_before(e, g, interval, support, sum_support) - before_first;
@@ -426,9 +434,20 @@ struct Chunk {
         result = searched ? found : g.end;
       }
     }
-    if ((t & 3) != 0) return;
+    if ((t & 3) != 0 || !inside) return;
     Boundary& b = s.boundary[interval];
-    (what == 0 ? b.support : what == 1 ? b.ones : what == 2 ? b.kth : b.edge) = result;
+    if (what == 0) {
+      b.support = result;
+      b.num_support = keys_before(e, g, interval, result, b.sum_support) - before_first;
+      b.sum_support += old_fractions(e, g);
+    } else if (what == 1) {
+      b.ones = result;
+      b.num_ones = keys_before(e, g, interval, result, b.sum_ones) - before_first;
+    } else if (what == 2) {
+      b.kth = result, b.present = present;
+    } else {
+      b.edge = result;
+    }
   }
 
   // One thread per interval, from event to event. tau rises from breakpoint to breakpoint (a key leaves at u, becomes a
@@ -444,7 +463,6 @@ struct Chunk {
     const auto previous = [&](int n) {
 #pragma unroll 1
       do --n;
-#pragma unroll 1
       while (n >= g.begin && e.time[n] > time + 1);
       return n >= g.begin ? n : -1;
     };
@@ -454,14 +472,12 @@ struct Chunk {
     double sum = 0;
     if (begin < stop && s.document_begin[begin] != begin) {  // the document goes on
       g = segment_of(begin);
-      const Boundary b = s.boundary[interval];
-      ones = min(b.ones, b.support), support = b.support, kth = b.kth, edge = b.edge;
-      double sum_first = 0, sum_ones, sum_support, unused;
-      const int before = g.has_pool ? 0 : keys_before(e, g, interval, g.begin, sum_first);
-      live = min(keys_before(e, g, interval, g.end, unused) - before, p.pool_size);
-      num_ones = keys_before(e, g, interval, ones, sum_ones) - before;
-      num_fractional = keys_before(e, g, interval, support, sum_support) - before - num_ones;
-      sum = num_fractional == 0 ? 0 : sum_support - sum_ones + old_fractions(e, g);
+      const Boundary& b = s.boundary[interval];
+      ones = b.ones, support = b.support, kth = b.kth, edge = b.edge;
+      live = min(b.present, p.pool_size);
+      num_ones = b.num_ones;
+      num_fractional = b.num_support - b.num_ones;
+      sum = num_fractional == 0 ? 0 : b.sum_support - b.sum_ones;
       time = begin - 1;  // as the query before saw it
       last_one = previous(ones);
       if (num_fractional > 0) last_fractional = previous(support);
@@ -519,18 +535,22 @@ struct Chunk {
       if (x < 0 || live <= p.topk) continue;
       double leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
       double fill = last_one >= 0 ? value_of(last_one) - 1 : INFINITY;
+      double excess = num_ones - p.topk + kRootMargin, fractional = num_fractional;  // conversions are slow
 #pragma unroll 1
       for (;;) {
-        const double next = fmin(leave, fill);
-        if (next == INFINITY || num_ones + sum - num_fractional * next < p.topk - kRootMargin) break;
-        if (leave <= fill) {
+        const bool leaves = leave <= fill;
+        const double next = leaves ? leave : fill;
+        if (next == INFINITY || fma(-fractional, next, excess + sum) < 0) break;
+        if (leaves) {
           support = last_fractional;
           sum -= leave;
+          fractional -= 1;
           if (--num_fractional == 0) sum = 0;
           last_fractional = num_fractional > 0 ? previous(last_fractional) : -1;
           leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
         } else {
           ones = last_one;
+          excess -= 1, fractional += 1;
           if (num_fractional++ == 0) last_fractional = last_one, leave = fill + 1;
           sum += fill + 1;
           last_one = --num_ones > 0 ? previous(last_one) : -1;
@@ -639,12 +659,12 @@ struct Chunk {
 
   // Selected keys: first the pool's that are no entries, then the entries, then sinks. Returns the class in a list; 3:
   // it was selected until the chunk's first query, which does not see it; -1: nothing there.
-  __device__ int selected_key(const Entries& e, int n, int selected_pool, LiveRow& row) {
+  __device__ int selected_key(const Entries& e, int n, const uint64_t* keys, int selected_pool, LiveRow& row) {
     const int query_end = first + length;
     row.row = -1;
     if (n < selected_pool) {
       if (is_entry(n)) return -1;
-      const uint64_t key = pool[n];
+      const uint64_t key = keys[n];
       row = {static_cast<int>(key & 0xffffffffu), 0, opening.end, pool_score(key)};
     } else if (n < selected_pool + num_entries) {
       n -= selected_pool;
@@ -682,12 +702,21 @@ struct Chunk {
     const int selected_pool = min(p.topk, num_pool), warp = t / 32, warp_lane = t & 31;
     const int total = selected_pool + num_entries + (p.live.rows && p.sinks > 0 ? p.sinks + length : 0);
     const int each = (total + kChunkThreads - 1) / kChunkThreads * 32, from = warp * each;
+    // The pool's keys are read twice: into shared memory, where the sums have served their time.
+    uint64_t* keys = reinterpret_cast<uint64_t*>(e.sum);
+    const bool cached = selected_pool <= kSharedEntries;
+    if (cached) {
+#pragma unroll 4
+      for (int n = t; n < selected_pool; n += kChunkThreads) keys[n] = pool[n];
+    }
+    __syncthreads();
+    const uint64_t* selected_keys = cached ? keys : pool;
     int seen[3] = {0, 0, 0};
 #pragma unroll 1
     for (int base = from; base < min(from + each, total); base += 32) {
       const int n = base + warp_lane;
       LiveRow row;
-      const int kind = n < total ? selected_key(e, n, selected_pool, row) : -1;
+      const int kind = n < total ? selected_key(e, n, selected_keys, selected_pool, row) : -1;
       for (int k = 0; k < 3; ++k) seen[k] += __popc(__ballot_sync(0xffffffffu, kind == k));
       // expiry: where it is dropped here, or its document ends here.
       if (kind >= 0 && n < selected_pool + num_entries) {
@@ -714,7 +743,7 @@ struct Chunk {
     for (int base = from; base < min(from + each, total); base += 32) {
       const int n = base + warp_lane;
       LiveRow row;
-      const int kind = n < total ? selected_key(e, n, selected_pool, row) : -1;
+      const int kind = n < total ? selected_key(e, n, selected_keys, selected_pool, row) : -1;
       for (int k = 0; k < 3; ++k) {
         const uint32_t votes = __ballot_sync(0xffffffffu, kind == k);
         if (kind == k) rows[at[k] + __popc(votes & lanes_before())] = row;
@@ -729,10 +758,7 @@ struct Chunk {
 
   // A score that is not finite makes tau NaN from its position to its document's end.
   __device__ void write_tau() {
-    bool bad = false;
-#pragma unroll 1
-    for (int i = t; i < length; i += kChunkThreads) bad |= !isfinite(p.score(lane, first + i));
-    const bool any_bad = __syncthreads_or(bad);
+    const bool any_bad = p.any_bad[p.slot(lane, c)] != 0;
 #pragma unroll 1
     for (int i = t; i < length; i += kChunkThreads) {
       bool poisoned = s.document_begin[i] < 0 && start.bad_from != INT32_MAX;

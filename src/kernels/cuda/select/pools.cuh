@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
   if (t == 0 && c == 0 && lane == 0) *p.next_item = 0;
   __syncthreads();
   uint64_t key[kSortEach];
+  bool any_bad = false;
 #pragma unroll
   for (int n = 0; n < kSortEach; ++n) {
     const int time = n * kSortThreads + t, i = first + time;
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
     if (time >= p.chunk || i > last) continue;
     const Document document = p.cu_seqlens ? document_of(p, i) : opening;
     const float own = p.score(lane, i);
+    any_bad |= !isfinite(own);
     if (!isfinite(own) && document.ordinal == closing.ordinal) atomicMin(&bad_from, i);
     const int arriving = i - p.window;
     if (arriving >= document.begin + p.sinks) {
@@ -71,6 +73,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
     order(key[0], key[1], ascending), order(key[2], key[3], size == 2 ? false : ascending);
   }
   __syncthreads();
+  const int bad = __syncthreads_count(any_bad);
   int total = 0, before = 0;  // before: of documents that end in the chunk
   const int closing_ordinal = closing.ordinal - opening.ordinal;
 #pragma unroll
@@ -90,7 +93,10 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
           pool_key(arrival_bits(sorted), first + arrival_time(sorted) - p.window);
     }
   }
-  if (t == 0) p.states[0][slot] = {min(total - before, p.pool_size), closing.begin >= first, bad_from};
+  if (t == 0) {
+    p.states[0][slot] = {min(total - before, p.pool_size), closing.begin >= first, bad_from};
+    p.any_bad[slot] = bad > 0;
+  }
 }
 
 // Level l of an inclusive scan over chunks (Sklansky): chunk c with bit l set takes in all of the 2^l chunks before
@@ -134,24 +140,36 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   __syncthreads();
   const int left_begin = from_left[0], left_count = from_left[1] - left_begin;
   const int right_begin = begin - left_begin, count = end - begin;
-  __shared__ uint64_t keys[kMergeTile],
-      merged[kMergeTile + kMergeThreads];  // merged: a gap per thread against bank conflicts
+  // Every left position is smaller than every right one: comparing scores is enough, ties are the left's.
+  __shared__ uint32_t bits[kMergeTile], position[kMergeTile];
+  __shared__ __align__(16) uint16_t source[kMergeTile];
   for (int n = threadIdx.x; n < count; n += kMergeThreads) {
-    keys[n] = n < left_count ? left[left_begin + n] : right[right_begin + n - left_count];
+    const uint64_t key = n < left_count ? left[left_begin + n] : right[right_begin + n - left_count];
+    bits[n] = static_cast<uint32_t>(key >> 32), position[n] = static_cast<uint32_t>(key);
   }
   __syncthreads();
   const int diagonal = min(static_cast<int>(threadIdx.x) * kMergeEach, count), right_count = count - left_count;
   int a = partition_point(max(0, diagonal - right_count), min(diagonal, left_count),
-                          [&](int n) { return keys[n] < keys[left_count + diagonal - 1 - n]; });
-  int b = diagonal - a;
-  for (int n = diagonal; n < min(diagonal + kMergeEach, count); ++n) {
-    const bool take_left = b >= right_count || (a < left_count && keys[a] < keys[left_count + b]);
-    merged[n + n / kMergeEach] = take_left ? keys[a] : keys[left_count + b];
-    (take_left ? a : b) += 1;
+                          [&](int n) { return bits[n] <= bits[left_count + diagonal - 1 - n]; });
+  int b = left_count + diagonal - a;
+  uint32_t left_bits = a < left_count ? bits[a] : UINT32_MAX, right_bits = b < count ? bits[b] : UINT32_MAX;
+  uint32_t sources[kMergeEach / 2] = {};
+#pragma unroll
+  for (int n = 0; n < kMergeEach; ++n) {
+    const bool take_left = a < left_count && left_bits <= right_bits;
+    sources[n / 2] |= static_cast<uint32_t>(take_left ? a : b) << (n % 2 * 16);
+    if (take_left) {
+      left_bits = ++a < left_count ? bits[a] : UINT32_MAX;
+    } else {
+      right_bits = ++b < count ? bits[b] : UINT32_MAX;
+    }
   }
+  reinterpret_cast<uint4*>(source)[threadIdx.x] = {sources[0], sources[1], sources[2], sources[3]};
   __syncthreads();
   uint64_t* to = p.pools[out_buffer] + slot * p.pool_size + begin;
-  for (int n = threadIdx.x; n < count; n += kMergeThreads) to[n] = merged[n + n / kMergeEach];
+  for (int n = threadIdx.x; n < count; n += kMergeThreads) {
+    to[n] = pool_key(bits[source[n]], static_cast<int>(position[source[n]]));
+  }
 }
 
 // tau of the pool behind each chunk. One CTA per (chunk, lane). Both boundaries are monotone searches for f(x) < topk,
@@ -173,18 +191,23 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __gr
   const uint64_t* keys = p.pools[final_buffer(c)] + slot * p.pool_size;
   // Sums are of u - reference, cut off: fractional keys are within 1 of it, and others must not cost their digits.
   const double reference = pool_score(keys[p.topk - 1]);
-  const int stride = (count + kPrefixes - 1) / kPrefixes,
-            groups = (count + stride - 1) / stride;  // one prefix sum every `stride` keys
+  int shift = 0;  // one prefix sum every 2^shift keys
+  while (count > kPrefixes << shift) ++shift;
+  const int stride = 1 << shift, groups = (count + stride - 1) >> shift;
   for (int n = t; n < min(count, kPrefixes); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
   __syncthreads();
   const auto u = [&](int n) { return n < kPrefixes ? head_gapped[n + n / 8] : pool_score(keys[n]); };
   const auto prefix = [&](int g) -> double& { return prefix_gapped[g + g / 8]; };
-  const auto value = [&](int n) { return fmin(fmax(u(n) - reference, -2.0), 2.0); };
+  const float least = pool_score(keys[p.topk - 1]) - 2, most = least + 4;
+  const auto value = [&](int n) { return fminf(fmaxf(u(n), least), most) - reference; };
   {
-    const int each = (groups + kThresholdThreads - 1) / kThresholdThreads, from = min(t * each, groups),
-              to = min(from + each, groups);
-    double own = 0;
-    for (int n = from * stride; n < min(to * stride, count); ++n) own += value(n);
+    const int each = (groups + kThresholdThreads - 1) / kThresholdThreads;
+    const int from = min(t * each, groups), to = min(from + each, groups);
+    double own = 0;  // first the sums since `from`
+    for (int g = from; g < to; ++g) {
+      prefix(g) = own;
+      for (int n = g * stride; n < min((g + 1) * stride, count); ++n) own += value(n);
+    }
     double sum = own;
     for (int step = 1; step < 32; step *= 2) {
       const double other = __shfl_up_sync(0xffffffffu, sum, step);
@@ -194,41 +217,41 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __gr
     __syncthreads();
     double before = sum - own;
     for (int w = 0; w < t / 32; ++w) before += warp_sum[w];
-    for (int g = from; g < to; ++g) {
-      prefix(g) = before;
-      for (int n = g * stride; n < min((g + 1) * stride, count); ++n) before += value(n);
-      if (g == groups - 1) prefix(groups) = before;
-    }
+    for (int g = from; g < to; ++g) prefix(g) += before;
+    if (from < to && to == groups) prefix(groups) = before + own;
     __syncthreads();
   }
   const auto sum_before = [&](int n) {
-    double sum = prefix(n / stride);
-    for (int m = n / stride * stride; m < n; ++m) sum += value(m);
+    double sum = prefix(n >> shift);
+    for (int m = n >> shift << shift; m < n; ++m) sum += value(m);
     return sum;
   };
-  const bool support =
-      t < kThresholdThreads / 2;  // this half searches the end of the support, the other that of the ones
-  const int rank = t & (kThresholdThreads / 2 - 1);
+  // kSearchers threads search the end of the support, as many that of the ones.
+  constexpr int kSearchers = 64;
+  const bool support = t < kSearchers;
+  const int rank = t & (kSearchers - 1);
   const auto below = [&](int n) {
     const double x = support ? static_cast<double>(u(n)) : u(n) - 1.0;
-    const int ones = support ? partition_point(0, n, [&](int m) { return u(m) >= x + 1; }) : n;
-    const int end = support ? n : partition_point(n, count, [&](int m) { return u(m) > x; });
+    const int ones = support ? first_below(u, 0, n, x + 1) : n;
+    const int end = support ? n : first_not_above(u, n, count, x);
     return ones + (sum_before(end) - sum_before(ones)) - (end - ones) * (x - reference) < p.topk - kRootMargin;
   };
   int low[2] = {0, 0}, high[2] = {count, count};
   while (low[0] < high[0] || low[1] < high[1]) {
-    const int mine = support ? 0 : 1,
-              step = max(1, (high[mine] - low[mine] + kThresholdThreads / 2 - 1) / (kThresholdThreads / 2));
-    const int at = low[mine] + rank * step;
-    const bool holds = at < high[mine] && below(at);
+    const int width[2] = {(high[0] - low[0] + kSearchers - 1) / kSearchers,
+                          (high[1] - low[1] + kSearchers - 1) / kSearchers};
+    bool holds = false;
+    if (t < 2 * kSearchers) {
+      const int at = support ? low[0] + rank * width[0] : low[1] + rank * width[1];
+      holds = at < (support ? high[0] : high[1]) && below(at);
+    }
     const int held[2] = {__syncthreads_count(support && holds), __syncthreads_count(!support && holds)};
     for (int n = 0; n < 2; ++n) {
-      const int width = max(1, (high[n] - low[n] + kThresholdThreads / 2 - 1) / (kThresholdThreads / 2));
       if (held[n] == 0) {
         high[n] = low[n];
       } else {
-        high[n] = min(high[n], low[n] + held[n] * width);
-        low[n] += (held[n] - 1) * width + 1;
+        high[n] = min(high[n], low[n] + held[n] * width[n]);
+        low[n] += (held[n] - 1) * width[n] + 1;
       }
     }
   }

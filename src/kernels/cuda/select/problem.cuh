@@ -48,6 +48,7 @@ struct Problem {
   PoolState* states[2];          // [lanes, num_chunks]
   PoolThreshold* thresholds;     // [lanes, num_chunks]
   uint8_t* overflow;             // entries of chunks that outgrow shared memory, one part per CTA
+  int32_t* any_bad;              // [lanes, num_chunks] whether some score of the chunk's positions is not finite
   int32_t* next_item;
   int64_t overflow_bytes;  // of a part
   int64_t scores_batch, scores_seq, scores_head, out_batch, out_seq, out_head;
@@ -136,6 +137,18 @@ __device__ __forceinline__ int partition_point(int low, int high, Before&& befor
       high = middle;
   }
   return low;
+}
+
+// The first index in [low, high) of descending u with u < x, and with u <= x; compared as floats, exactly.
+template <class U>
+__device__ __forceinline__ int first_below(const U& u, int low, int high, double x) {
+  const float limit = __double2float_ru(x);
+  return partition_point(low, high, [&](int n) { return u(n) >= limit; });
+}
+template <class U>
+__device__ __forceinline__ int first_not_above(const U& u, int low, int high, double x) {
+  const float limit = __double2float_rd(x);
+  return partition_point(low, high, [&](int n) { return u(n) > limit; });
 }
 
 }  // namespace sparsek::cuda::selection

@@ -55,6 +55,7 @@ int64_t carve(selection::Problem& p, void* workspace) {
   carver.take(p.sorted, slots * selection::kMaxChunk);
   for (int n = 0; n < 2; ++n) carver.take(p.pools[n], slots * p.pool_size), carver.take(p.states[n], slots);
   carver.take(p.thresholds, slots);
+  carver.take(p.any_bad, slots);
   carver.take(p.next_item, 1);
   const int64_t entries = int64_t{p.pool_size} + p.chunk + 1;
   p.overflow_bytes = entries <= selection::kSharedEntries ? 0 : (entries + 31) / 32 * 32 * selection::kEntryBytes;
