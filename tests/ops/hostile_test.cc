@@ -129,25 +129,34 @@ Tensor* field(AttentionState& state, int64_t index) {
   return fields[index];
 }
 
-TEST(Hostile, CarriedStates) {
+// The state's pool, 0: no limit (its tensor grows, and there is no decode_step); and whether far keys are rotated.
+class HostileStates : public testing::TestWithParam<std::tuple<int64_t, bool>> {};
+INSTANTIATE_TEST_SUITE_P(Pools, HostileStates, testing::Combine(testing::Values(kPool, 0), testing::Bool()));
+
+TEST_P(HostileStates, AreRefusedOrComputed) {
+  const auto [pool_size, far_rotary] = GetParam();
   at::manual_seed(4);
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
     for (const int64_t length : {1, 9, 15, 60}) {  // in the window, first candidates, slots filling, full
-      const AttentionOptions options{.topk = kTopk, .window_size = kWindow, .num_sinks = kSinks, .pool_size = kPool};
+      const AttentionOptions options{
+          .topk = kTopk, .window_size = kWindow, .num_sinks = kSinks, .pool_size = pool_size};
       const AttentionState empty = new_attention_state({.batch = kBatch,
                                                         .num_kv_heads = kKvHeads,
                                                         .head_dim = kHeadDim,
                                                         .topk = kTopk,
                                                         .window_size = kWindow,
                                                         .num_sinks = kSinks,
-                                                        .pool_size = kPool,
+                                                        .pool_size = pool_size,
+                                                        .far_rotary = far_rotary,
                                                         .delayed_scores = true,
                                                         .dtype = dtype});
       const auto scores = [&](int64_t seqlen) { return at::randn({kBatch, seqlen, kKvHeads}, scores_dtype(dtype)); };
+      const auto far = [&, rotated = far_rotary](const Tensor& x) { return rotated ? MaybeTensor(-x) : MaybeTensor(); };
       const auto chunk = [&](const AttentionState& state, int64_t seqlen) {
         const Tensor q = normal(seqlen, kHeads, dtype), k = normal(seqlen, kKvHeads, dtype);
-        window_mass_chunk(q, k, state, options);
-        return std::get<2>(attention_chunk(q, k, k, scores(seqlen), state, options));
+        const MaybeTensor q_far = far(q), k_far = far(k);
+        window_mass_chunk(q, k, state, options, q_far, k_far);
+        return std::get<2>(attention_chunk(q, k, k, scores(seqlen), state, options, q_far, k_far));
       };
       const AttentionState filled = chunk(empty, length);
       for (uint64_t seed = 0; seed < 120; ++seed) {
@@ -159,9 +168,10 @@ TEST(Hostile, CarriedStates) {
         const Tensor spoiled = field(state, index)->clone();
         refuses([&] { chunk(state, 1 + hostile.pick(40)); });
         refuses([&] { leaving_mass(state, options); });
+        if (pool_size == 0) continue;
         for (int64_t i = 0; i < 6; ++i) *field(state, i) = field(state, i)->clone();
         const Tensor q = normal(1, kHeads, dtype), k = normal(1, kKvHeads, dtype);
-        if (refuses([&] { decode_step(q, k, k, scores(1), state, options); })) {
+        if (refuses([&] { decode_step(q, k, k, scores(1), state, options, far(q), far(k)); })) {
           EXPECT_TRUE(at::equal(spoiled.nan_to_num(), field(state, index)->nan_to_num()));
           EXPECT_TRUE(index == 5 || at::equal(state.lengths, filled.lengths));
         }

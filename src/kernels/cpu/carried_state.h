@@ -29,7 +29,9 @@ int64_t check_carried_state(const Score* slot_scores, const int64_t* slot_positi
                batch_row, kv_head);
   }
   bool is_finite = true;
-  for (int64_t s = 0; s < sizes.topk; ++s) is_finite &= slot_scores[s] >= -kLargest && slot_scores[s] <= kLargest;
+  for (int64_t s = 0; s < sizes.topk; ++s) {  // an empty slot may hold anything
+    is_finite &= (slot_positions[s] < 0) | ((slot_scores[s] >= -kLargest) & (slot_scores[s] <= kLargest));
+  }
   if (!is_finite) throw_data("slot_scores must be finite, but are not in batch row {}, KV head {}", batch_row, kv_head);
   constexpr Score kUnused = -std::numeric_limits<Score>::infinity();
   const int64_t candidates = std::max<int64_t>(0, length - sizes.window_size - sizes.num_sinks);
