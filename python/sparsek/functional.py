@@ -218,7 +218,8 @@ def attention_forward(
 
 
 class AttentionState(NamedTuple):
-    """What attention carries from chunk to chunk and token to token, for one layer; its size never changes.
+    """What attention carries from chunk to chunk and token to token, for one layer. Its size never changes,
+    unless pool_size is 0: then the pool keeps every score.
 
     Rows of k and v: num_sinks sinks, window_size ring rows (position p at p % window_size), topk slots.
     """

@@ -58,8 +58,7 @@ Tensor leaving_mass_composite(const Tensor& ring_mass, const Tensor& lengths, in
   check_tensor({"lengths", lengths, "[batch]"}, {batch}, at::kLong, mass_argument);
   const Tensor row = at::remainder(lengths, window_size).view({-1, 1, 1});
   const Tensor mass = ring_mass.gather(2, row.expand_symint({batch, heads, 1})).transpose(1, 2);
-  const int64_t num_queries = std::max<int64_t>(window_size / 2, 1);  // all of [j + ceil(w/2), j + w - 1]; none: mass 0
-  return at::log(mass / num_queries + kFloor);
+  return at::log(mass / num_mass_queries(window_size) + kFloor);
 }
 
 }  // namespace

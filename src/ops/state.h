@@ -5,6 +5,10 @@
 namespace sparsek::ops {
 
 inline constexpr double kFloor = 1e-9;  // inside the logarithm of eq. 1b
+// How many queries [j + ceil(w/2), j + w - 1] the mean of eq. 1b is over; where there is none (w = 1) the mass is 0.
+inline int64_t num_mass_queries(int64_t window_size) {
+  return std::max<int64_t>(window_size / 2, 1);
+}
 
 // A state's tensors as operations take them; absent ones are null.
 struct StateArguments {

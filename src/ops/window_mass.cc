@@ -140,8 +140,8 @@ Tensors2 window_mass_chunk_composite(const Tensor& q, const Tensor& k, const Ten
                                      far_begin, far_end, mass_in, window_size, scale_or_default(softmax_scale, q));
   const Tensor arriving = mass.slice(2, num_sinks);
   const Tensor leaving = arriving.slice_symint(2, 0, q.sym_size(1)).transpose(1, 2);
-  const int64_t num_queries_seen = std::max<int64_t>(window_size / 2, 1);  // all of [j + ceil(w/2), j + w - 1]
-  return {at::log(leaving / num_queries_seen + kFloor), new_ring(arriving, lengths, q.sym_size(1), window_size)};
+  return {at::log(leaving / num_mass_queries(window_size) + kFloor),
+          new_ring(arriving, lengths, q.sym_size(1), window_size)};
 }
 
 Tensor call_window_mass(const Tensor& q, const Tensor& k, int64_t window_size, int64_t num_sinks,
