@@ -42,6 +42,8 @@ struct Entries {
 struct Boundary {
   double sum_ones, sum_support;  // of values before them
   int ones, support, num_ones, num_support, kth, edge, present;
+  int crossing;  // ones and support are those behind this query, the first with a tau; -1: those of the interval's
+                 // start
 };
 
 struct ChunkShared {
@@ -49,11 +51,12 @@ struct ChunkShared {
   float arrival_u[kMaxChunk];
   double block_sum[33][kIntervals + 1];  // later: by query, sum u - reference over the fractions - (topk - ones)
   uint16_t block_count[33][kIntervals + 2];
-  int32_t entry[kMaxChunk];           // of the key that arrives at a query, -1: none that matters
-  uint16_t arrival_time[kMaxChunk];   // as Entries::time, by arrival rank
-  int16_t document_begin[kMaxChunk];  // of a query's document, from the chunk's first; -1: before it
-  uint16_t document_end[kMaxChunk];   // cut to the chunk
-  uint32_t arriving[kMaxChunk / 32];  // bit per query
+  int32_t entry[kMaxChunk + kIntervals];  // at `gapped`: the key that arrives at a query, -1: none that matters. Later:
+                                          // the number of fractions behind that query, -1: tau stays
+  uint16_t arrival_time[kMaxChunk];       // as Entries::time, by arrival rank
+  int16_t document_begin[kMaxChunk];      // of a query's document, from the chunk's first; -1: before it
+  uint16_t document_end[kMaxChunk];       // cut to the chunk
+  uint32_t arriving[kMaxChunk / 32];      // bit per query
   uint16_t arriving_before[kMaxChunk / 32];
   uint32_t events[kMaxChunk / 32];  // queries at which a document begins or a key arrives that matters
   float row_tau[kMaxChunk / 32];
@@ -83,6 +86,8 @@ struct Chunk {
 
   __device__ Chunk(const Problem& p, ChunkShared& s, int lane, int c) : p(p), s(s), lane(lane), c(c), t(threadIdx.x) {}
 
+  // The walking threads are 32 queries apart: a gap keeps them off each other's banks.
+  __device__ static int gapped(int time) { return time + (time >> 5); }
   __device__ static uint32_t lanes_before() { return (1u << (threadIdx.x & 31)) - 1; }
   __device__ int before_arriving(int time) const {  // arrivals at queries [0, time)
     return s.arriving_before[time >> 5] + __popc(s.arriving[time >> 5] & ((1u << (time & 31)) - 1));
@@ -129,8 +134,7 @@ struct Chunk {
         s.document_end[i] = static_cast<uint16_t>(min(document.end - first, length));
         arrives = first + i - p.window >= document.begin + p.sinks;
       }
-      s.entry[i] = -1;
-      s.tau[i] = 0;  // no event
+      s.entry[gapped(i)] = -1;
       const uint32_t votes = __ballot_sync(0xffffffffu, arrives);
       if ((t & 31) == 0) s.arriving[i >> 5] = votes;
     }
@@ -258,7 +262,7 @@ struct Chunk {
       e.pool_rank[at] = r < kept_opening ? pool_rank_of(older) : 0;
       e.time[at] = static_cast<uint16_t>(time);
       e.rank[at] = static_cast<uint16_t>(r);
-      s.entry[time - 1] = at;
+      s.entry[gapped(time - 1)] = at;
     }
 #pragma unroll 1
     for (int n = t; n < num_entries; n += kChunkThreads) e.dropped[n] = e.left[n] = kNever;
@@ -266,7 +270,8 @@ struct Chunk {
     __syncthreads();
 #pragma unroll 1
     for (int i = t; i < kMaxChunk; i += kChunkThreads) {
-      const uint32_t votes = __ballot_sync(0xffffffffu, i < length && (s.entry[i] >= 0 || s.document_begin[i] == i));
+      const uint32_t votes =
+          __ballot_sync(0xffffffffu, i < length && (s.entry[gapped(i)] >= 0 || s.document_begin[i] == i));
       if ((t & 31) == 0) s.events[i >> 5] = votes;
     }
     const int each = (num_entries + kChunkThreads - 1) / kChunkThreads, from = min(t * each, num_entries),
@@ -391,6 +396,26 @@ struct Chunk {
       if (!g.has_pool) before_first = keys_before(e, g, interval, g.begin, sum_first);
       present = keys_before(e, g, interval, g.end, unused) - before_first;
     }
+    // Where tau begins inside the interval, walking there would visit every selected key: search behind that query
+    // instead.
+    int crossing = -1;
+    if (inside && present <= p.topk) {
+      int missing = p.topk + 1 - present;
+#pragma unroll 1
+      for (int i = starts; i < min(starts + interval_length(), length) && missing > 0; ++i) {
+        if (s.document_begin[i] != s.document_begin[starts]) break;
+        if (s.entry[gapped(i)] >= 0 && --missing == 0) crossing = i;
+      }
+    }
+    const auto keys_searched = [&](int at, double& sum) {
+      int count = keys_before(e, g, interval, at, sum) - before_first;
+#pragma unroll 1
+      for (int i = starts; i <= crossing; ++i) {
+        const int x = s.entry[gapped(i)];
+        if (x >= 0 && x < at) ++count, sum += value(e.u[x]);
+      }
+      return count;
+    };
     const auto place = [&](bool wanted, int rank) {
       return partition_point_by_four(g.begin, wanted ? g.end : g.begin, [&](int n) {
         return keys_before(e, g, interval, n + 1, unused) - before_first < rank;
@@ -407,7 +432,7 @@ struct Chunk {
       if (what == 3) {
         if (full) result = edge;
       } else {
-        const bool searched = present > p.topk && !(g.has_pool && kept_opening == 0);
+        const bool searched = crossing >= 0 || (present > p.topk && !(g.has_pool && kept_opening == 0));
         // Values that the boundaries can take in this chunk; between these bands the entries have gaps.
         int ones_low = g.begin, ones_high = g.end, support_low = g.begin;
         if (searched && g.has_pool && opening.end >= first + length) {
@@ -424,8 +449,8 @@ struct Chunk {
           const int ones = what == 0 ? first_below(u, ones_low, ones_high, x + 1) : n;
           const int support = what == 0 ? n : first_not_above(u, support_low, limit, x);
           double sum_ones, sum_support;
-          const int num_ones = keys_before(e, g, interval, ones, sum_ones) - before_first;
-          const int num_support = keys_before(e, g, interval, support, sum_support) - before_first;
+          const int num_ones = keys_searched(ones, sum_ones);
+          const int num_support = keys_searched(support, sum_support);
           const double fractions = old + sum_support - sum_ones - (num_support - num_ones) * (x - reference);
           return num_ones + fractions < p.topk - kRootMargin;
         };
@@ -438,11 +463,15 @@ struct Chunk {
     Boundary& b = s.boundary[interval];
     if (what == 0) {
       b.support = result;
-      b.num_support = keys_before(e, g, interval, result, b.sum_support) - before_first;
-      b.sum_support += old_fractions(e, g);
+      double sum;
+      b.num_support = keys_searched(result, sum);
+      b.sum_support = sum + old_fractions(e, g);
+      b.crossing = crossing;
     } else if (what == 1) {
       b.ones = result;
-      b.num_ones = keys_before(e, g, interval, result, b.sum_ones) - before_first;
+      double sum;
+      b.num_ones = keys_searched(result, sum);
+      b.sum_ones = sum;
     } else if (what == 2) {
       b.kth = result, b.present = present;
     } else {
@@ -456,7 +485,7 @@ struct Chunk {
     const int interval = t, begin = min(interval * interval_length(), length),
               stop = min(begin + interval_length(), length);
     double* numerators = &s.block_sum[0][0];
-    int* denominators = reinterpret_cast<int*>(s.tau);
+    const bool documents = s.document_begin[0] == 0 || s.document_begin[length - 1] != s.document_begin[0];
     Segment g{0, 0, false};
     int time = begin;
     const auto value_of = [&](int n) { return value(e.u[n]); };
@@ -468,19 +497,28 @@ struct Chunk {
     };
     int ones = 0, support = 0, kth = -1, edge = -1;  // entries, as Boundary
     int num_ones = 0, num_fractional = 0, live = 0;
-    int last_one = -1, last_fractional = -1;
-    double sum = 0;
-    if (begin < stop && s.document_begin[begin] != begin) {  // the document goes on
-      g = segment_of(begin);
+    int last_one = -1, last_fractional = -1, crossing = -1;
+    double sum = 0, leave = INFINITY,
+           fill = INFINITY;  // where the last fraction leaves, where the last one becomes a fraction
+    const auto load_boundary = [&] {
       const Boundary& b = s.boundary[interval];
-      ones = b.ones, support = b.support, kth = b.kth, edge = b.edge;
-      live = min(b.present, p.pool_size);
+      ones = b.ones, support = b.support;
       num_ones = b.num_ones;
       num_fractional = b.num_support - b.num_ones;
       sum = num_fractional == 0 ? 0 : b.sum_support - b.sum_ones;
-      time = begin - 1;  // as the query before saw it
       last_one = previous(ones);
-      if (num_fractional > 0) last_fractional = previous(support);
+      last_fractional = num_fractional > 0 ? previous(support) : -1;
+      leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
+      fill = last_one >= 0 ? value_of(last_one) - 1 : INFINITY;
+    };
+    if (begin < stop && s.document_begin[begin] != begin) {  // the document goes on
+      g = segment_of(begin);
+      const Boundary& b = s.boundary[interval];
+      kth = b.kth, edge = b.edge;
+      live = min(b.present, p.pool_size);
+      time = begin - 1;  // as the query before saw it
+      crossing = b.crossing;
+      if (crossing < 0) load_boundary();
     }
     __syncwarp();  // block_sum is free
 #pragma unroll 1
@@ -492,14 +530,16 @@ struct Chunk {
       }
       time += __ffs(events) - 1;
       if (time >= stop) break;
-      if (s.document_begin[time] == time) {
+      if (documents && s.document_begin[time] == time) {
         g = segment_of(time);
         ones = support = g.end;
         kth = edge = last_one = last_fractional = -1;
         num_ones = num_fractional = live = 0;
         sum = 0;
+        leave = fill = INFINITY;
       }
-      const int x = s.entry[time];
+      const int at = gapped(time), x = s.entry[at];
+      s.entry[at] = -1;
       if (x >= 0 && live == p.pool_size && x > edge) {
         e.left[x] = e.dropped[x] = static_cast<uint16_t>(time);
       } else if (x >= 0) {
@@ -510,7 +550,10 @@ struct Chunk {
             support = edge;
             sum -= value_of(edge);
             if (--num_fractional == 0) sum = 0;
-            if (last_fractional == edge) last_fractional = num_fractional > 0 ? previous(edge) : -1;
+            if (last_fractional == edge) {
+              last_fractional = num_fractional > 0 ? previous(edge) : -1;
+              leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
+            }
           }
           edge = previous(edge);
         } else if (++live == p.pool_size) {
@@ -518,10 +561,11 @@ struct Chunk {
         }
         if (x < ones) {
           ++num_ones;
-          last_one = max(last_one, x);
+          if (x > last_one) last_one = x, fill = value_of(x) - 1;
         } else if (x < support) {
-          last_fractional = num_fractional++ == 0 ? x : max(last_fractional, x);
-          sum += value_of(x);
+          const double v = value_of(x);
+          sum += v;
+          if (num_fractional++ == 0 || x > last_fractional) last_fractional = x, leave = v;
         }
         if (selects_all) {
           if (live == p.topk) kth = previous(g.end);
@@ -533,32 +577,32 @@ struct Chunk {
         }
       }
       if (x < 0 || live <= p.topk) continue;
-      double leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
-      double fill = last_one >= 0 ? value_of(last_one) - 1 : INFINITY;
+      if (time == crossing) load_boundary();
       double excess = num_ones - p.topk + kRootMargin, fractional = num_fractional;  // conversions are slow
 #pragma unroll 1
       for (;;) {
         const bool leaves = leave <= fill;
         const double next = leaves ? leave : fill;
         if (next == INFINITY || fma(-fractional, next, excess + sum) < 0) break;
+        // One path for both: threads that take different ones would wait for each other.
+        const int key = leaves ? last_fractional : last_one, remaining = (leaves ? num_fractional : num_ones) - 1;
+        int above = previous(key);
+        if (remaining == 0) above = -1;
+        const double bound = above >= 0 ? value_of(above) - (leaves ? 0.0 : 1.0) : INFINITY;
         if (leaves) {
-          support = last_fractional;
-          sum -= leave;
-          fractional -= 1;
-          if (--num_fractional == 0) sum = 0;
-          last_fractional = num_fractional > 0 ? previous(last_fractional) : -1;
-          leave = last_fractional >= 0 ? value_of(last_fractional) : INFINITY;
+          support = key, last_fractional = above, leave = bound;
+          num_fractional = remaining, fractional -= 1;
+          sum = remaining == 0 ? 0 : sum - next;
         } else {
-          ones = last_one;
-          excess -= 1, fractional += 1;
-          if (num_fractional++ == 0) last_fractional = last_one, leave = fill + 1;
-          sum += fill + 1;
-          last_one = --num_ones > 0 ? previous(last_one) : -1;
-          fill = last_one >= 0 ? value_of(last_one) - 1 : INFINITY;
+          if (num_fractional == 0) last_fractional = key, leave = next + 1;
+          ones = key, last_one = above, fill = bound;
+          num_ones = remaining, excess -= 1;
+          ++num_fractional, fractional += 1;
+          sum += next + 1;
         }
       }
-      numerators[time] = num_fractional > 0 ? sum + (num_ones - p.topk) : fill;
-      denominators[time] = max(num_fractional, 1);
+      numerators[at] = num_fractional > 0 ? sum + (num_ones - p.topk) : fill;
+      s.entry[at] = max(num_fractional, 1);
     }
   }
 
@@ -576,9 +620,9 @@ struct Chunk {
     };
 #pragma unroll 1
     for (int i = t; i < kMaxChunk; i += kChunkThreads) {
-      const int denominator = __float_as_int(s.tau[i]);
-      float tau =
-          denominator > 0 && i < length ? static_cast<float>(reference + numerators[i] / denominator) : -INFINITY;
+      const int denominator = s.entry[gapped(i)];
+      float tau = denominator > 0 && i < length ? static_cast<float>(reference + numerators[gapped(i)] / denominator)
+                                                : -INFINITY;
       int begins = i < length && s.document_begin[i] == i;
       scan(tau, begins);
       s.tau[i] = tau;

@@ -141,34 +141,35 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int left_begin = from_left[0], left_count = from_left[1] - left_begin;
   const int right_begin = begin - left_begin, count = end - begin;
   // Every left position is smaller than every right one: comparing scores is enough, ties are the left's.
-  __shared__ uint32_t bits[kMergeTile], position[kMergeTile];
+  __shared__ uint32_t bits_gapped[kMergeTile + kMergeTile / 32], position[kMergeTile];  // gaps: bank conflicts
   __shared__ __align__(16) uint16_t source[kMergeTile];
+  const auto bits = [&](int n) -> uint32_t& { return bits_gapped[n + n / 32]; };
   for (int n = threadIdx.x; n < count; n += kMergeThreads) {
     const uint64_t key = n < left_count ? left[left_begin + n] : right[right_begin + n - left_count];
-    bits[n] = static_cast<uint32_t>(key >> 32), position[n] = static_cast<uint32_t>(key);
+    bits(n) = static_cast<uint32_t>(key >> 32), position[n] = static_cast<uint32_t>(key);
   }
   __syncthreads();
   const int diagonal = min(static_cast<int>(threadIdx.x) * kMergeEach, count), right_count = count - left_count;
   int a = partition_point(max(0, diagonal - right_count), min(diagonal, left_count),
-                          [&](int n) { return bits[n] <= bits[left_count + diagonal - 1 - n]; });
+                          [&](int n) { return bits(n) <= bits(left_count + diagonal - 1 - n); });
   int b = left_count + diagonal - a;
-  uint32_t left_bits = a < left_count ? bits[a] : UINT32_MAX, right_bits = b < count ? bits[b] : UINT32_MAX;
+  uint32_t left_bits = a < left_count ? bits(a) : UINT32_MAX, right_bits = b < count ? bits(b) : UINT32_MAX;
   uint32_t sources[kMergeEach / 2] = {};
 #pragma unroll
   for (int n = 0; n < kMergeEach; ++n) {
     const bool take_left = a < left_count && left_bits <= right_bits;
     sources[n / 2] |= static_cast<uint32_t>(take_left ? a : b) << (n % 2 * 16);
     if (take_left) {
-      left_bits = ++a < left_count ? bits[a] : UINT32_MAX;
+      left_bits = ++a < left_count ? bits(a) : UINT32_MAX;
     } else {
-      right_bits = ++b < count ? bits[b] : UINT32_MAX;
+      right_bits = ++b < count ? bits(b) : UINT32_MAX;
     }
   }
   reinterpret_cast<uint4*>(source)[threadIdx.x] = {sources[0], sources[1], sources[2], sources[3]};
   __syncthreads();
   uint64_t* to = p.pools[out_buffer] + slot * p.pool_size + begin;
   for (int n = threadIdx.x; n < count; n += kMergeThreads) {
-    to[n] = pool_key(bits[source[n]], static_cast<int>(position[source[n]]));
+    to[n] = pool_key(bits(source[n]), static_cast<int>(position[source[n]]));
   }
 }
 
