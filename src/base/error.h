@@ -27,6 +27,13 @@ class DataError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What does not fit into the memory there is. It says what was expected and found; whoever knows what can be asked for
+// less of says what to do.
+class MemoryError : public DataError {
+ public:
+  using DataError::DataError;
+};
+
 // A signal came while waiting for input: the program exits with 130.
 class Interrupted : public std::runtime_error {
  public:
@@ -44,6 +51,10 @@ template <class... Args>
 template <class... Args>
 [[noreturn]] void throw_data(fmt::format_string<Args...> format, Args&&... args) {
   throw DataError(fmt::format(format, std::forward<Args>(args)...));
+}
+template <class... Args>
+[[noreturn]] void throw_memory(fmt::format_string<Args...> format, Args&&... args) {
+  throw MemoryError(fmt::format(format, std::forward<Args>(args)...));
 }
 
 }  // namespace sparsek

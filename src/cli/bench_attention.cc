@@ -19,13 +19,22 @@
 #include "cli/progress.h"
 #include "cli/report.h"
 #include "cli/source.h"
+#include "data/quote.h"
 #include "kernels/cpu/simd/dispatch.h"
+#include "model/memory_check.h"
 #include "ops/ops.h"
 
 namespace sparsek::cli {
 namespace {
 
 using at::Tensor;
+
+constexpr int64_t kMaxKeys = int64_t{1} << 20;  // per kind of visible key, as models have it
+constexpr int64_t kMaxSeqlen = int64_t{1} << 24, kMaxHeads = 1024;
+
+void expect_range(const char* option, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) throw_usage("{}: expected {} to {}, found {}", option, low, high, value);
+}
 
 struct Timing {
   double min = 0, median = 0, max = 0;  // milliseconds
@@ -48,6 +57,14 @@ struct Inputs {
   Tensor q, k, v, scores;            // sparsek's layouts
   Tensor dense_q, dense_k, dense_v;  // [1, num_heads, seqlen, head_dim], heads expanded
 };
+
+// q, k and v, drawn in float32: the least that a run takes.
+void check_inputs_fit(const BenchAttentionConfig& config, int64_t seqlen) {
+  const int64_t needed = seqlen * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 4;
+  const std::optional<int64_t> available = model::available_memory_bytes();
+  if (!available || needed <= *available) return;
+  throw_memory("--seqlen {}: expected at least {} MiB of memory, found {}", seqlen, needed >> 20, *available >> 20);
+}
 
 Inputs make_inputs(const BenchAttentionConfig& config, int64_t seqlen, at::ScalarType dtype) {
   const auto f32 = at::TensorOptions().dtype(at::kFloat);
@@ -84,24 +101,24 @@ void forward_backward(const std::function<Tensor()>& forward, bool backward) {
 
 int run_bench_attention(const BenchAttentionConfig& config) {
   if (config.scores != "random" && config.scores != "rising") {
-    throw_usage("--scores: expected random or rising, found '{}'", config.scores);
+    throw_usage("--scores: expected random or rising, found {}", in_quotes(config.scores));
   }
-  if (config.repeats < 1) throw_usage("--repeats: expected 1 or more, found {}", config.repeats);
-  if (config.num_heads < 1 || config.num_kv_heads < 1 || config.num_heads % config.num_kv_heads != 0) {
-    throw_usage("--heads: expected a positive multiple of --kv-heads ({}), found {}", config.num_kv_heads,
-                config.num_heads);
+  expect_range("--repeats", config.repeats, 1, 1'000'000);
+  expect_range("--kv-heads", config.num_kv_heads, 1, kMaxHeads);
+  expect_range("--heads", config.num_heads, 1, kMaxHeads);
+  if (config.num_heads % config.num_kv_heads != 0) {
+    throw_usage("--heads: expected a multiple of --kv-heads ({}), found {}", config.num_kv_heads, config.num_heads);
   }
-  if (config.topk < 1) throw_usage("--topk: expected 1 or more, found {}", config.topk);
-  if (config.window_size < 1) throw_usage("--window: expected 1 or more, found {}", config.window_size);
-  if (config.num_sinks < 0) throw_usage("--sinks: expected 0 or more, found {}", config.num_sinks);
+  expect_range("--topk", config.topk, 1, kMaxKeys);
+  expect_range("--window", config.window_size, 1, kMaxKeys);
+  expect_range("--sinks", config.num_sinks, 0, kMaxKeys);
   if (config.head_dim < 8 || config.head_dim > 256 || config.head_dim % 8 != 0) {
-    throw_usage("--head-dim: expected a multiple of 8 up to 256, found {}", config.head_dim);
+    throw_usage("--head-dim: expected a multiple of 8 from 8 to 256, found {}", config.head_dim);
   }
-  for (const int64_t seqlen : config.seqlens) {
-    if (seqlen < 1) throw_usage("--seqlen: expected 1 or more, found {}", seqlen);
-  }
+  for (const int64_t seqlen : config.seqlens) expect_range("--seqlen", seqlen, 1, kMaxSeqlen);
   set_threads(config.threads);
   const at::ScalarType dtype = parse_dtype(config.dtype);
+  for (const int64_t seqlen : config.seqlens) check_inputs_fit(config, seqlen);
   const c10::AutoGradMode grad(config.backward);
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   if (!config.json) {

@@ -14,7 +14,7 @@ struct ModelConfig {
   model::AttentionRequest attention;
   std::string dtype = "bf16";  // bf16, f32
   int64_t chunk_size = 512;    // tokens computed at once while reading
-  int threads = 0;             // 0: one a core
+  int64_t threads = 0;         // 0: one a core
 };
 
 struct GenerateConfig {
@@ -53,7 +53,7 @@ struct BenchAttentionConfig {
   std::string scores = "random";  // random, rising
   bool backward = false, dense = true;
   int64_t repeats = 5;
-  int threads = 0;
+  int64_t threads = 0;
   bool json = false;
 };
 int run_bench_attention(const BenchAttentionConfig& config);

@@ -3,8 +3,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "base/error.h"
 #include "cli/commands.h"
@@ -48,8 +50,11 @@ bool write_out(const std::string& text) {
 
 int run_generate(const GenerateConfig& config) {
   if (config.max_tokens < 0) throw_usage("--max-tokens: expected 0 or more, found {}", config.max_tokens);
+  if (!config.chat && !config.system.empty()) {
+    throw_usage("--system: expected together with --chat, found without; add --chat or leave it out");
+  }
   if (config.file.empty() && config.prompt.empty()) {
-    throw_usage("generate: expected --prompt TEXT, --file PATH or both, found neither");
+    throw_usage("generate: expected --prompt TEXT, --file PATH or both, found neither; add one");
   }
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
@@ -73,22 +78,32 @@ int run_generate(const GenerateConfig& config) {
   model::DecodeState state = model.new_state();
   Prompt prompt(model, state, sampler, config.model.chunk_size);
   const Stopwatch read_time;
-  prompt.push(ids_before);
-  if (document) {
+  {
     Progress progress("reading", "tokens", std::nullopt);
-    std::vector<int32_t> ids;
-    for (document->read(config.model.chunk_size, ids); !ids.empty(); document->read(config.model.chunk_size, ids)) {
-      prompt.push(ids);
-      ids.clear();
-      if (const auto total = document->estimated_total()) progress.set_total(*total);
-      progress.update(prompt.tokens());
-      if (interrupted()) {
-        fmt::print(stderr, "sparsek: interrupted after reading {} tokens\n", prompt.tokens());
-        return kInterruptedExitCode;
+    const auto others = static_cast<int64_t>(ids_before.size() + ids_after.size());
+    // Chunk by chunk, so that Ctrl-C reaches a long prompt as it reaches a document.
+    const auto read = [&](std::span<const int32_t> ids) {
+      while (!ids.empty() && !interrupted()) {
+        const size_t step = std::min(ids.size(), static_cast<size_t>(config.model.chunk_size));
+        prompt.push(ids.first(step));
+        ids = ids.subspan(step);
+        const std::optional<int64_t> total = document ? document->estimated_total() : 0;
+        if (total) progress.set_total(*total + others);
+        progress.update(prompt.tokens());
       }
+    };
+    read(ids_before);
+    for (std::vector<int32_t> ids; document && !interrupted(); ids.clear()) {
+      document->read(config.model.chunk_size, ids);
+      if (ids.empty()) break;
+      read(ids);
     }
+    read(ids_after);
   }
-  prompt.push(ids_after);
+  if (interrupted()) {
+    fmt::print(stderr, "sparsek: interrupted after reading {} tokens\n", prompt.tokens());
+    return kInterruptedExitCode;
+  }
   if (prompt.tokens() == 0) {
     throw_data("{}: expected a prompt of at least one token, found an empty text",
                config.file.empty() ? "--prompt" : config.file);

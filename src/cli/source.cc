@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
+#include "data/quote.h"
 
 namespace sparsek::cli {
 
@@ -21,15 +22,15 @@ Tokenizer open_tokenizer(const std::string& model_path) {
 at::ScalarType parse_dtype(const std::string& text) {
   if (text == "bf16") return at::kBFloat16;
   if (text == "f32") return at::kFloat;
-  throw_usage("--dtype: expected bf16 or f32, found '{}'", text);
+  throw_usage("--dtype: expected bf16 or f32, found {}", in_quotes(text));
 }
 
-void set_threads(int threads) {
-  static constexpr int kMaxThreads = 1024;
+void set_threads(int64_t threads) {
+  static constexpr int64_t kMaxThreads = 1024;
   if (threads < 0 || threads > kMaxThreads) {
     throw_usage("--threads: expected 0 (one a core) to {}, found {}", kMaxThreads, threads);
   }
-  const int count = threads == 0 ? omp_get_num_procs() : threads;
+  const int count = threads == 0 ? omp_get_num_procs() : static_cast<int>(threads);
   omp_set_num_threads(count);
   at::set_num_threads(count);
 }
@@ -66,7 +67,8 @@ void FileTokens::encode_next() {
 
 std::optional<int64_t> FileTokens::expected_total() {
   if (reader_.size_bytes() && reader_.bytes_read() == 0) encode_next();
-  return estimated_total();
+  const std::optional<int64_t> total = estimated_total();
+  return total ? std::optional(*total + *total / 32 + 64) : std::nullopt;
 }
 
 void FileTokens::read(int64_t wanted, std::vector<int32_t>& ids) {
@@ -89,7 +91,7 @@ std::optional<int64_t> FileTokens::estimated_total() const {
   const auto encoded = static_cast<int64_t>(ready_.size() - next_) + given_;
   if (!reader_.size_bytes() || reader_.bytes_read() == 0) return std::nullopt;
   const double ratio = static_cast<double>(*reader_.size_bytes()) / static_cast<double>(reader_.bytes_read());
-  return static_cast<int64_t>(static_cast<double>(encoded) * ratio);
+  return static_cast<int64_t>(std::min(static_cast<double>(encoded) * ratio, 0x1p60));  // files have holes
 }
 
 }  // namespace sparsek::cli

@@ -19,7 +19,7 @@ Tokenizer open_tokenizer(const std::string& model_path);
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
                               std::optional<int64_t> expected_tokens);
 at::ScalarType parse_dtype(const std::string& text);
-void set_threads(int threads);
+void set_threads(int64_t threads);
 
 // The tokens of a text file, read and encoded as they are asked for.
 class FileTokens {
@@ -29,7 +29,8 @@ class FileTokens {
   void read(int64_t wanted, std::vector<int32_t>& ids);
   // Tokens of the whole file, extrapolated from what was read; nothing for streams and before anything was read.
   std::optional<int64_t> estimated_total() const;
-  // The same before anything was asked for: reads the first piece of a file, nothing of a stream.
+  // What to plan with before anything was asked for: the same and a little more, or a guess that is slightly low would
+  // be a cache that is allocated twice. Reads the first piece of a file, nothing of a stream.
   std::optional<int64_t> expected_total();
 
  private:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/saturate.h"
 #include "model/attention.h"
 #include "model/memory_check.h"
 #include "ops/transformer_ops.h"
@@ -53,10 +54,11 @@ class DenseAttention final : public Attention {
 
   // All layers are about to grow: better to stop before the first than to run out of memory at the tenth.
   void check_room(int64_t rows, int64_t held) const {
-    const int64_t more = (capacity(rows, held) - held) * 2 * num_layers_;
+    const int64_t more = saturating_multiply(capacity(rows, held) - held, 2 * num_layers_);
     const int64_t copied = held;  // while it is copied, one cache exists twice
     const int64_t row_bytes = num_kv_heads_ * head_dim_ * static_cast<int64_t>(c10::elementSize(dtype_));
-    check_growth(capacity(rows, held), (more + copied) * row_bytes, available_memory_bytes());
+    check_growth(capacity(rows, held), saturating_multiply(saturating_add(more, copied), row_bytes),
+                 available_memory_bytes());
   }
 
   // Writes x [1, tokens, num_kv_heads, head_dim] as rows position .. of the cache, growing it when full.

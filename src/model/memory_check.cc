@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/saturate.h"
 
 namespace sparsek::model {
 namespace {
@@ -42,8 +43,6 @@ int64_t mebibytes(int64_t bytes) {
   return (bytes >> 20) + 1;
 }
 
-constexpr const char* kGrowingAdvice = "free some, or read with window or sparsek attention, whose state does not grow";
-
 }  // namespace
 
 std::optional<int64_t> available_memory_bytes() {
@@ -60,19 +59,18 @@ std::optional<int64_t> available_memory_bytes() {
 }
 
 void check_memory(const std::string& path, const MemoryPlan& plan, std::optional<int64_t> available_bytes) {
-  const int64_t needed = plan.weight_bytes + plan.state_bytes + plan.working_bytes;
+  const int64_t needed = saturating_add(plan.state_bytes, plan.weight_bytes + plan.working_bytes);
   if (!available_bytes || needed <= *available_bytes) return;
   const std::string tokens = plan.growing_tokens ? fmt::format(" of {} tokens", *plan.growing_tokens) : std::string();
-  throw_data("{}: expected about {} MiB of memory (weights {}, state{} {}, working memory {}), found {}; {}", path,
-             mebibytes(needed), mebibytes(plan.weight_bytes), tokens, mebibytes(plan.state_bytes),
-             mebibytes(plan.working_bytes), *available_bytes >> 20,
-             plan.growing_tokens ? kGrowingAdvice : "free some, or use a smaller model, window or topk");
+  throw_memory("{}: expected about {} MiB of memory (weights {}, state{} {}, working memory {}), found {}", path,
+               mebibytes(needed), mebibytes(plan.weight_bytes), tokens, mebibytes(plan.state_bytes),
+               mebibytes(plan.working_bytes), *available_bytes >> 20);
 }
 
 void check_growth(int64_t tokens, int64_t more_bytes, std::optional<int64_t> available_bytes) {
   if (!available_bytes || more_bytes <= *available_bytes) return;
-  throw_data("dense attention: expected {} MiB of memory for a cache of {} tokens, found {}; {}", mebibytes(more_bytes),
-             tokens, *available_bytes >> 20, kGrowingAdvice);
+  throw_memory("dense attention: expected {} MiB of memory for a cache of {} tokens, found {}", mebibytes(more_bytes),
+               tokens, *available_bytes >> 20);
 }
 
 }  // namespace sparsek::model

@@ -15,10 +15,10 @@ struct MemoryPlan {
   std::optional<int64_t> growing_tokens = {};  // the state is that of so many tokens, and grows with them
 };
 
-// Throws DataError naming `path` when the plan's parts together exceed what is available.
+// Throws MemoryError naming `path` when the plan's parts together exceed what is available.
 void check_memory(const std::string& path, const MemoryPlan& plan, std::optional<int64_t> available_bytes);
 
-// Throws DataError when a cache cannot grow by `more_bytes` to hold `tokens` tokens.
+// Throws MemoryError when a cache cannot grow by `more_bytes` to hold `tokens` tokens.
 void check_growth(int64_t tokens, int64_t more_bytes, std::optional<int64_t> available_bytes);
 
 }  // namespace sparsek::model

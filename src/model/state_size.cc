@@ -1,5 +1,7 @@
 #include "model/state_size.h"
 
+#include "base/saturate.h"
+
 namespace sparsek::model {
 namespace {
 
@@ -40,7 +42,7 @@ int64_t state_size_in_bytes(const ModelConfig& config, const AttentionConfig& at
     return config.num_layers * state_size_in_bytes(state_options(config, attention, dtype));
   }
   const int64_t rows = attention.kind == AttentionKind::kDense ? tokens : attention.num_sinks + attention.window_size;
-  return config.num_layers * 2 * rows * config.kv_dim() * size_of(dtype);
+  return saturating_multiply(rows, config.num_layers * 2 * config.kv_dim() * size_of(dtype));
 }
 
 }  // namespace sparsek::model

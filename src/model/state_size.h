@@ -16,7 +16,8 @@ ops::AttentionStateOptions state_options(const ModelConfig& config, const Attent
 // Of that state, all of it.
 int64_t state_size_in_bytes(const ops::AttentionStateOptions& options);
 
-// Of all layers after `tokens` tokens: what `inspect` plans with. Grows with tokens for the dense kind only.
+// Of all layers after `tokens` tokens: what `inspect` plans with. Grows with tokens for the dense kind only;
+// the largest int64 where there is no such number.
 int64_t state_size_in_bytes(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
                             int64_t tokens);
 

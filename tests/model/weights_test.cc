@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "model/memory_check.h"
+#include "model/state_size.h"
 #include "tests/model/tiny_model.h"
 
 namespace sparsek::model {
@@ -100,15 +101,31 @@ TEST(MemoryCheck, SaysWhatIsNeededAndWhatIsThere) {
   const MemoryPlan plan{.weight_bytes = 10 * mebi, .state_bytes = 5 * mebi, .working_bytes = mebi};
   EXPECT_NO_THROW(check_memory("m", plan, 16 * mebi));
   EXPECT_NO_THROW(check_memory("m", {.weight_bytes = int64_t{1} << 60}, std::nullopt));
-  EXPECT_THAT(message_of<DataError>([&] { check_memory("m.gguf", plan, 16 * mebi - 1); }),
-              AllOf(HasSubstr("m.gguf"), HasSubstr("found 15"), HasSubstr("window or topk")));
+  EXPECT_THAT(message_of<MemoryError>([&] { check_memory("m.gguf", plan, 16 * mebi - 1); }),
+              AllOf(HasSubstr("m.gguf"), HasSubstr("found 15"), HasSubstr("weights 11")));
   MemoryPlan growing = plan;
   growing.growing_tokens = 700;
-  EXPECT_THAT(message_of<DataError>([&] { check_memory("m.gguf", growing, 0); }),
-              AllOf(HasSubstr("state of 700 tokens"), HasSubstr("sparsek attention")));
+  EXPECT_THAT(message_of<MemoryError>([&] { check_memory("m.gguf", growing, 0); }),
+              AllOf(HasSubstr("m.gguf"), HasSubstr("state of 700 tokens")));
   EXPECT_NO_THROW(check_growth(900, mebi, mebi));
-  EXPECT_THAT(message_of<DataError>([&] { check_growth(900, mebi + 1, mebi); }), HasSubstr("900 tokens"));
+  EXPECT_THAT(message_of<MemoryError>([&] { check_growth(900, mebi + 1, mebi); }), HasSubstr("900 tokens"));
   EXPECT_GT(available_memory_bytes().value(), 0);
+}
+
+TEST(MemoryCheck, APlanThatCannotExistDoesNotWrap) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  ModelConfig config;
+  config.num_layers = 30, config.num_kv_heads = 3, config.head_dim = 64;
+  AttentionConfig dense;
+  dense.kind = AttentionKind::kDense;
+  EXPECT_EQ(state_size_in_bytes(config, dense, at::kBFloat16, 1000), 23'040'000);
+  for (const int64_t tokens : {kMost, kMost - 32'807, int64_t{500'000'000'000'000}}) {
+    const MemoryPlan plan{.weight_bytes = 1,
+                          .state_bytes = state_size_in_bytes(config, dense, at::kBFloat16, tokens),
+                          .working_bytes = 1};
+    EXPECT_EQ(plan.state_bytes, kMost) << tokens;
+    EXPECT_THROW(check_memory("m.gguf", plan, int64_t{1} << 50), MemoryError) << tokens;
+  }
 }
 
 TEST(MemoryCheck, KnowsTheLimitOfTheAddressSpace) {

@@ -25,7 +25,7 @@ def fails(code, *arguments, mentions=(), stdin=None):
     assert result.returncode == code, message
     assert result.stdout == b""
     lines = [line for line in message.splitlines() if line]
-    assert len(lines) <= 2, message  # CLI11 adds "Run with --help for more information."
+    assert len(lines) == 1 and message.startswith("sparsek: "), message
     for wanted in mentions:
         assert wanted in message, message
     return message

@@ -1,5 +1,6 @@
 """The program as its users meet it: output, exit codes, one-line errors, and nothing half-written."""
 import json
+import os
 import pathlib
 import resource
 import signal
@@ -110,7 +111,13 @@ def test_help_and_version():
     (["--threads", "-2"], ["--threads", "-2"]),
     (["--max-tokens", "1"], ["--max-tokens", "1"]),
     (["--no-such-option"], ["--no-such-option"]),
-    (["--topk", "many"], ["--topk"]),
+    (["--topk", "many"], ["--topk", "'many'"]),
+    (["--topk", "99999999999999999999"], ["--topk", "'99999999999999999999'"]),
+    (["--topk", "8", "--topk", "9"], ["--topk"]),
+    (["--topk"], ["--topk"]),
+    (["--max-tokens", "9223372036854775807", "--attention", "dense"], ["--max-tokens", "'9223372036854775807'"]),
+    (["--far-distance", "99999999999999999999"], ["--far-distance", "'99999999999999999999'"]),
+    (["more.txt"], ["'more.txt'"]),
     (["--attention", "window", "--topk", "8"], ["--topk"]),
     (["--attention", "window", "--slope", "1"], ["--slope"]),
     (["--slope", "-1"], ["--slope", "-1"]),
@@ -125,8 +132,23 @@ def test_wrong_usage_of_generate():
     fails(2, "generate", "--model", "smollm2", mentions=["--prompt"])
     fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--top-p", "0", mentions=["--top-p"])
     fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--stop", "", mentions=["--stop"])
-    assert run().returncode == 2
-    assert run("perplexity").returncode == 2
+    for option in ("--max-tokens", "--top-k", "--repetition-window"):
+        fails(2, "generate", "--model", "smollm2", "--prompt", "x", option, 2**40 + 1, mentions=[option, str(2**40 + 1)])
+    fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--repetition-penalty", "1e5", mentions=["--repetition-penalty", "100"])
+    fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--seed", "-1", mentions=["--seed", "'-1'"])
+    fails(2, "generate", "--model", "smollm2", "--prompt", "x", "--system", "y", mentions=["--system", "--chat"])
+    fails(2, "generate", "--model", "smollm2", "--file", "", mentions=["--file", "empty"])
+    fails(2, "generate", "--model", "", "--prompt", "x", mentions=["--model", "empty"])
+
+
+def test_wrong_commands():
+    fails(2, mentions=["generate, perplexity, inspect, bench", "none"])
+    fails(2, "", mentions=["generate"])
+    fails(2, "summarise", mentions=["generate", "'summarise'"])
+    fails(2, "--summarise", mentions=["'--summarise'"])
+    fails(2, "perplexity", mentions=["perplexity", "file"])
+    fails(2, "perplexity", "x", mentions=["--model"])
+    fails(2, "bench", mentions=["attention, model"])
 
 
 def truncated(tmp_path, size):
@@ -161,10 +183,18 @@ def test_nan_weights_exit_1(tmp_path, text):
     path = tmp_path / "nan.gguf"
     path.write_bytes(data)
     fails(1, "perplexity", text, "--model", path, mentions=["nan.gguf"])
+    data[-64:] = struct.pack("<16f", *[3e38] * 16)  # of output_norm: finite, the logits are not
+    path = tmp_path / "large.gguf"
+    path.write_bytes(data)
+    fails(1, "perplexity", text, "--model", path, mentions=["large.gguf", "damaged"])
+    fails(1, "generate", "--prompt", "x", "--model", path, mentions=["large.gguf", "damaged"])
 
 
 def test_bad_texts_exit_1(tmp_path):
     fails(1, "perplexity", tmp_path / "none.txt", "--model", "smollm2", mentions=["none.txt"])
+    fails(1, "perplexity", "", "--model", "smollm2", mentions=["empty path"])
+    closed = subprocess.run([str(PROGRAM), "perplexity", "-", "--model", "smollm2"], capture_output=True, preexec_fn=lambda: os.close(0))
+    assert closed.returncode == 1 and b"standard input" in closed.stderr and b"closed" in closed.stderr
     fails(1, "perplexity", tmp_path, "--model", "smollm2", mentions=[str(tmp_path)])
     short = tmp_path / "short.txt"
     short.write_text("x")
@@ -197,7 +227,9 @@ def test_dense_that_cannot_fit_is_refused_before_the_run(tmp_path, text):
         file.truncate(1 << 42)  # sparse: the file takes no room
     dense = ["--model", "smollm2", "--attention", "dense"]
     for command in (["perplexity", huge, *dense], ["generate", "--file", huge, *dense]):
-        assert "sparsek attention" in fails(1, *command, mentions=["smollm2", "MiB", "tokens"])
+        message = fails(1, *command, mentions=["smollm2", "MiB", "tokens", "--attention sparsek", "--max-tokens", "--chunk"])
+        assert "--topk" not in message and "--window" not in message
+    fails(1, "generate", "--prompt", "x", *dense, "--max-tokens", 2**40, mentions=[f"{2**40 + 1} tokens", "lower --max-tokens"])
     assert run("perplexity", huge, *dense, "--max-tokens", 64).returncode == 0  # --max-tokens is what will be read
 
     million = tmp_path / "million.txt"
@@ -209,6 +241,15 @@ def test_dense_that_cannot_fit_is_refused_before_the_run(tmp_path, text):
     assert refused.stderr.count(b"\n") == 1 and b"tokens" in refused.stderr and b"MiB" in refused.stderr
     allowed = subprocess.run([*command, "--max-tokens", "64"], **limited)
     assert allowed.returncode == 0, allowed.stderr
+
+
+def test_dense_cache_is_allocated_once(text):
+    """A guess of the file's length that is slightly low does not make the cache a quarter longer."""
+    found = json.loads(run("perplexity", text, "--model", "smollm2", "--attention", "dense", "--json").stdout)
+    assert found["tokens"] <= found["state_bytes"] / 23040 <= found["tokens"] * 1.06 + 64
+    stream = json.loads(run("perplexity", "-", "--model", "smollm2", "--attention", "dense", "--json", "--max-tokens", 2000000,
+                            stdin=b"one two three four five six").stdout)
+    assert stream["state_bytes"] <= 512 * 23040  # --max-tokens is no promise that so many come
 
 
 def test_dense_from_a_stream_stops_before_memory_runs_out():
@@ -269,6 +310,26 @@ def test_a_full_disk_is_an_error(text, command):
     with open("/dev/full", "wb") as full:
         result = subprocess.run([str(PROGRAM), *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert result.returncode == 1 and b"standard output" in result.stderr
+
+
+def test_interrupt_while_reading_a_long_prompt():
+    process = subprocess.Popen([str(PROGRAM), "generate", "--model", "smollm2", "--attention", "dense", "--prompt", "word " * 24000],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and out == b"", err.decode()
+    assert err.count(b"\n") == 1 and int(err.split()[-2]) < 24000, err.decode()
+
+
+def test_interrupt_reaches_a_named_pipe_nobody_writes_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    process = subprocess.Popen([str(PROGRAM), "perplexity", str(tmp_path / "pipe"), "--model", "smollm2"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and out == b"" and err.count(b"\n") == 1, err.decode()
 
 
 def test_interrupt_reaches_a_waiting_read():
