@@ -20,7 +20,8 @@ MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
   struct stat info{};
   if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
     ::close(fd);
-    throw_data("{}: wanted a regular file, found a directory or device", path_);
+    throw_data("{}: expected a regular file, found a {}; give the path of a file", path_,
+               S_ISDIR(info.st_mode) ? "directory" : "pipe or device");
   }
   if (info.st_size == 0) {
     ::close(fd);

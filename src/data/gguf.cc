@@ -90,16 +90,13 @@ WeightType weight_type(uint32_t number, std::string_view tensor, const std::stri
     if (type.number != number) continue;
     if (type.weight) return *type.weight;
     throw_data(
-        "{}: tensor {}: expected type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found {}; convert the "
-        "model "
-        "to "
-        "one of these",
+        "{}: tensor {}: expected type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found {}; "
+        "convert the model to one of these",
         path, in_quotes(tensor), type.name);
   }
   throw_data(
       "{}: tensor {}: expected type F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K, found unknown type {}; "
-      "convert "
-      "the model to one of these",
+      "convert the model to one of these",
       path, in_quotes(tensor), number);
 }
 

@@ -17,11 +17,14 @@ TextReader::TextReader(std::string path, size_t chunk_bytes) : path_(std::move(p
     path_ = "standard input";
     fd_ = STDIN_FILENO;
   } else {
-    fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    if (path_.empty()) throw_data("expected the path of a text, found an empty path");
+    fd_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);  // of a pipe: waits for somebody who writes
+    if (fd_ < 0 && errno == EINTR) throw Interrupted(path_ + ": interrupted while opening");
     if (fd_ < 0) throw_data("{}: cannot open: {}", path_, std::strerror(errno));
   }
   struct stat info{};
-  if (::fstat(fd_, &info) != 0 || S_ISDIR(info.st_mode)) {
+  if (::fstat(fd_, &info) != 0) throw_data("{}: expected it to be open, found it closed; give it a text", path_);
+  if (S_ISDIR(info.st_mode)) {
     if (fd_ != STDIN_FILENO) ::close(fd_);
     throw_data("{}: expected a text, found a directory", path_);
   }

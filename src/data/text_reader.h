@@ -11,7 +11,8 @@ namespace sparsek {
 
 class TextReader {
  public:
-  // "-" is standard input. Throws DataError naming the path when it cannot be opened or is a directory.
+  // "-" is standard input. Throws DataError naming the path when it cannot be opened or is a directory, and
+  // Interrupted as next() does: a named pipe opens when somebody writes.
   explicit TextReader(std::string path, size_t chunk_bytes = size_t{1} << 16);
   ~TextReader();
   TextReader(const TextReader&) = delete;

@@ -32,7 +32,8 @@ PerplexityResult perplexity(const model::Transformer& model, const TokenSource& 
       for (size_t i = 0; i < targets; ++i) {
         const int64_t position = result.tokens + 1 + static_cast<int64_t>(i);
         if (!std::isfinite(losses[i])) {
-          throw_data("the loss of token {} is not a finite number: the model's weights are damaged", position);
+          throw_data("{}: expected finite losses, found {} at token {}: the weights are damaged; get the file again",
+                     model.path(), losses[i], position);
         }
         result.loss.add(position, losses[i]);
       }

@@ -15,6 +15,15 @@ std::vector<float> to_vector(const at::Tensor& logits) {
   return {data, data + logits.numel()};
 }
 
+// Names the model, of which the sampler knows nothing.
+int32_t sample(const model::Transformer& model, Sampler& sampler, std::span<float> logits) {
+  try {
+    return sampler.sample(logits);
+  } catch (const DataError& error) {
+    throw_data("{}: {}", model.path(), error.what());
+  }
+}
+
 }  // namespace
 
 Prompt::Prompt(const model::Transformer& model, model::DecodeState& state, Sampler& sampler, int64_t chunk_size)
@@ -49,7 +58,7 @@ int64_t generate(const model::Transformer& model, model::DecodeState& state, Sam
                  const std::function<bool(int32_t)>& on_token) {
   const c10::InferenceMode inference;
   for (int64_t generated = 0; generated < max_tokens; ++generated) {
-    const int32_t token = sampler.sample(logits);
+    const int32_t token = sample(model, sampler, logits);
     if (std::find(end_tokens.begin(), end_tokens.end(), token) != end_tokens.end()) return generated;
     sampler.observe(token);
     if (!on_token(token)) return generated + 1;

@@ -16,12 +16,14 @@ void expect(bool holds, const char* field, const char* range, double found) {
 
 void check(const SamplingOptions& options) {
   // Each condition is written so that NaN fails it.
-  expect(options.temperature >= 0 && options.temperature < 1e6, "temperature", "a number >= 0", options.temperature);
+  expect(options.temperature >= 0 && options.temperature < 1e6, "temperature", "a number from 0 to below 1000000",
+         options.temperature);
   expect(options.top_k >= 0, "top_k", "0 (off) or more", static_cast<double>(options.top_k));
   expect(options.top_p > 0 && options.top_p <= 1, "top_p", "a number in (0, 1]", options.top_p);
   expect(options.min_p >= 0 && options.min_p <= 1, "min_p", "a number in [0, 1]", options.min_p);
-  expect(options.repetition_penalty > 0 && options.repetition_penalty < 1e6, "repetition_penalty", "a number > 0",
-         options.repetition_penalty);
+  // Far from 1 it leaves no order among the other logits, and infinities beyond.
+  expect(options.repetition_penalty >= 0.01 && options.repetition_penalty <= 100, "repetition_penalty",
+         "a number from 0.01 to 100", options.repetition_penalty);
   expect(options.repetition_window >= 0 && options.repetition_window <= 1 << 20, "repetition_window",
          "0 to 1048576 tokens", static_cast<double>(options.repetition_window));
 }
@@ -56,7 +58,8 @@ void Sampler::penalise(std::span<float> logits) {
 
 int32_t Sampler::sample(std::span<float> logits) {
   for (const float logit : logits) {
-    if (!std::isfinite(logit)) throw_data("the model produced a logit that is not finite: its weights are damaged");
+    if (!std::isfinite(logit))
+      throw_data("expected finite logits, found {}: the weights are damaged; get the file again", logit);
   }
   if (options_.repetition_penalty != 1) penalise(logits);
   if (options_.temperature == 0) {

@@ -6,8 +6,8 @@
 //   layers.N.scorer.0.weight  [hidden, dim]            then SiLU
 //   layers.N.scorer.0.bias    [hidden]
 //   layers.N.scorer.2.weight  [num_kv_heads, hidden]
-//   layers.N.alpha            [1]                      weight of the delayed score y; 0 in every layer: y is not
-//   computed layers.N.beta, .gamma, .slope   [num_kv_heads]     slope >= 0
+//   layers.N.alpha            [1]                      weight of the delayed score y, not computed where all are 0
+//   layers.N.beta, .gamma, .slope  [num_kv_heads]      slope >= 0
 // Metadata, all strings: format "sparsek-adapter-1"; base (for people); architecture, num_layers, dim, num_heads,
 // num_kv_heads, head_dim, vocab_size (a mismatch is refused); timestep_norm true|false; and the attention it was
 // trained with: gate soft|hard, topk, window_size, num_sinks, far_distance (0: off).

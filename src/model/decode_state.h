@@ -12,8 +12,8 @@ namespace sparsek::model {
 
 struct LayerState {
   ops::AttentionState sparsek;  // kind sparsek
-  // Kind dense: rows are positions, capacity >= length. Kind window: num_sinks sinks | window_size ring rows (position
-  // p at p % window_size), with far rotary the sinks' keys un-rotated. [rows, num_kv_heads, head_dim]
+  // [num_kv_heads, rows, head_dim]. Kind dense: rows are positions, capacity >= length. Kind window: num_sinks sinks |
+  // window_size ring rows (position p at p % window_size), with far rotary the sinks' keys un-rotated.
   at::Tensor k, v;
 };
 

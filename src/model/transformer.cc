@@ -51,6 +51,7 @@ int64_t working_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType 
 }  // namespace
 
 struct Transformer::Parts {
+  std::string path;
   ModelConfig config;
   AttentionConfig attention_config;
   at::ScalarType dtype;
@@ -69,6 +70,9 @@ Transformer::~Transformer() = default;
 Transformer::Transformer(Transformer&&) noexcept = default;
 Transformer& Transformer::operator=(Transformer&&) noexcept = default;
 
+const std::string& Transformer::path() const {
+  return parts_->path;
+}
 const ModelConfig& Transformer::config() const {
   return parts_->config;
 }
@@ -108,7 +112,7 @@ Transformer Transformer::load(const LoadOptions& options) {
   Weights weights = load_weights(checkpoint, options.dtype);
   notices.insert(notices.end(), weights.notices.begin(), weights.notices.end());
   return Transformer(std::unique_ptr<Parts>(
-      new Parts{config, attention, options.dtype, std::move(notices), std::move(weights),
+      new Parts{options.path, config, attention, options.dtype, std::move(notices), std::move(weights),
                 Rope(config.rope, config.head_dim, attention.far_distance),
                 make_attention(config, attention, options.dtype, has_adapter ? &adapter : nullptr, expected_tokens)}));
 }

@@ -38,6 +38,7 @@ class Transformer {
   Transformer(Transformer&&) noexcept;
   Transformer& operator=(Transformer&&) noexcept;
 
+  const std::string& path() const;  // it was loaded from
   const ModelConfig& config() const;
   const AttentionConfig& attention() const;
   // Lines a person should read once: adapter values overridden, weights re-encoded.

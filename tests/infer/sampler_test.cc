@@ -95,7 +95,10 @@ TEST(Sampler, RefusesWhatIsOutOfRange) {
   EXPECT_THROW(Sampler({.top_p = 0}), UsageError);
   EXPECT_THROW(Sampler({.top_p = nan}), UsageError);
   EXPECT_THROW(Sampler({.min_p = 2}), UsageError);
-  EXPECT_THROW(Sampler({.repetition_penalty = 0}), UsageError);
+  for (const double penalty : {0.0, 0.009, 101.0, nan}) {
+    EXPECT_THROW(Sampler({.repetition_penalty = penalty}), UsageError) << penalty;
+  }
+  for (const double penalty : {0.01, 100.0}) EXPECT_NO_THROW(Sampler({.repetition_penalty = penalty})) << penalty;
   std::vector<float> logits{1, std::numeric_limits<float>::quiet_NaN()};
   EXPECT_THROW(Sampler({}).sample(logits), DataError);
 }
