@@ -10,6 +10,7 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/cuda/documents.cuh"
 #include "kernels/cuda/live_rows.h"
 
 namespace sparsek::cuda::selection {
@@ -107,22 +108,8 @@ __device__ __forceinline__ int arrival_ordinal(uint64_t key) {
   return static_cast<int>(key >> 42);
 }
 
-struct Document {
-  int begin, end, ordinal;
-};
-// The document of a position. Starts are clamped to [0, seqlen]: they are the caller's, on the device, unchecked.
 __device__ __forceinline__ Document document_of(const Problem& p, int position) {
-  if (p.cu_seqlens == nullptr) return {0, p.seqlen, 0};
-  int low = 0, high = p.num_documents;  // the last start <= position
-#pragma unroll 1
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= position)
-      low = middle;
-    else
-      high = middle;
-  }
-  return {min(max(p.cu_seqlens[low], 0), position), min(max(p.cu_seqlens[low + 1], position + 1), p.seqlen), low};
+  return cuda::document_of(p.cu_seqlens, p.num_documents, p.seqlen, position);
 }
 
 // The first index in [low, high) at which `before` fails; it must hold up to some point and fail from there.

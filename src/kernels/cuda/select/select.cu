@@ -6,25 +6,10 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select/chunk.cuh"
 #include "kernels/cuda/select/pools.cuh"
+#include "kernels/cuda/workspace.h"
 
 namespace sparsek::cuda {
 namespace {
-
-// Hands out parts of the workspace, or only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<uint8_t*>(base)) {}
-  template <class T>
-  void take(T*& part, int64_t count) {
-    part = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  int64_t used_ = 0;
-};
 
 selection::Problem describe(const SelectParams& params, int chunk) {
   selection::Problem p{};
@@ -60,7 +45,7 @@ int64_t carve(selection::Problem& p, void* workspace) {
   const int64_t entries = int64_t{p.pool_size} + p.chunk + 1;
   p.overflow_bytes = entries <= selection::kSharedEntries ? 0 : (entries + 31) / 32 * 32 * selection::kEntryBytes;
   carver.take(p.overflow, p.overflow_bytes * num_chunk_ctas(p));
-  return carver.used();
+  return carver.used_bytes();
 }
 
 }  // namespace

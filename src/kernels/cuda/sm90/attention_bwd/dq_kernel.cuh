@@ -6,8 +6,8 @@
 namespace sparsek::cuda {
 
 struct DqParams {
-  FwdParams fwd;             // out and lse are not read
-  CUtensorMap do_map;        // like fwd.q_map
+  FwdParams fwd;              // out and lse are not read
+  CUtensorMap do_map;         // like fwd.q_map
   const float *lse2, *delta;  // [batch * num_heads, seqlen_q]
   bf16* dq;
   float* h_query;  // [batch * num_kv_heads, seqlen_q], zeroed; null: no score gradient
@@ -35,7 +35,8 @@ struct DqConsumer {
     if ((thread & 31) == 0) ptx::barrier_arrive(barrier);
   }
   __device__ void issue_product(float (&d)[64], const uint8_t* rows, const uint8_t* keys) {
-    const ptx::Operand a(ptx::shared_address(rows) + warpgroup * 64 * 128, 16, 1024), b(ptx::shared_address(keys), 16, 1024);
+    const ptx::Operand a(ptx::shared_address(rows) + warpgroup * 64 * 128, 16, 1024),
+        b(ptx::shared_address(keys), 16, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -74,7 +75,8 @@ struct DqConsumer {
 #pragma unroll
     for (int e = 0; e < 64; ++e) dq[e] = 0;
     const int band_blocks = (t.band_rows + kBlock - 1) / kBlock;
-    const int inner_low = p.window_begin[static_cast<int64_t>(t.b) * p.seqlen_q + t.last], inner_high = p.num_carried + t.first;
+    const int inner_low = p.window_begin[static_cast<int64_t>(t.b) * p.seqlen_q + t.last],
+              inner_high = p.num_carried + t.first;
     const bool full_tile = p.positions_per_tile * p.group == kTile && t.first + p.positions_per_tile <= p.seqlen_q;
     const int buffer = done & 1;
     int num_plain = 0, num_full = 0, blocks = band_blocks;
@@ -180,10 +182,14 @@ struct DqConsumer {
       h[r] += __shfl_xor_sync(0xffffffffu, h[r], 1);
       h[r] += __shfl_xor_sync(0xffffffffu, h[r], 2);
       if (position[r] < 0) continue;
-      bf16* out = dp.dq + t.b * dp.dq_batch + position[r] * dp.dq_seq + (t.kv * p.group + (tile_row + 8 * r) % p.group) * dp.dq_head + column0;
+      bf16* out = dp.dq + t.b * dp.dq_batch + position[r] * dp.dq_seq +
+                  (t.kv * p.group + (tile_row + 8 * r) % p.group) * dp.dq_head + column0;
 #pragma unroll
-      for (int e = 0; e < 64; e += 4) *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) = ptx::pack_bf16(dq[e + 2 * r] * dp.scale, dq[e + 2 * r + 1] * dp.scale);
-      if (dp.h_query != nullptr && (thread & 3) == 0) ptx::add_global(dp.h_query + head * p.seqlen_q + position[r], h[r]);
+      for (int e = 0; e < 64; e += 4)
+        *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) =
+            ptx::pack_bf16(dq[e + 2 * r] * dp.scale, dq[e + 2 * r + 1] * dp.scale);
+      if (dp.h_query != nullptr && (thread & 3) == 0)
+        ptx::add_global(dp.h_query + head * p.seqlen_q + position[r], h[r]);
     }
   }
 };
@@ -196,14 +202,17 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_dq_kernel(const __grid_c
   const int total_tiles = (p.seqlen_q + p.positions_per_tile - 1) / p.positions_per_tile * p.batch * p.num_kv_heads;
   if (threadIdx.x == 0) s.initialise();
   // Rows that no tile fills must hold numbers.
-  for (int n = threadIdx.x; n < 2 * kTileBytes / 16; n += blockDim.x) reinterpret_cast<int4*>(s.q)[n] = int4{0, 0, 0, 0};
+  for (int n = threadIdx.x; n < 2 * kTileBytes / 16; n += blockDim.x)
+    reinterpret_cast<int4*>(s.q)[n] = int4{0, 0, 0, 0};
   ptx::fence_proxy_async();
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::registers_decrease<40>();
     // Warps 2 and 3 build the next tile's union while warps 0 and 1 load the band; all gather.
-    Loader<DqShared> loader{p, s, &p.q_map, &dp.do_map, p.k, static_cast<int>(p.k_seq) * 2, p.k_batch, p.k_head, static_cast<int>(threadIdx.x)};
+    Loader<DqShared> loader{p,          s,        &p.q_map,
+                            &dp.do_map, p.k,      static_cast<int>(p.k_seq) * 2,
+                            p.k_batch,  p.k_head, static_cast<int>(threadIdx.x)};
     Builder<true, DqShared> builder{p, s, static_cast<int>(threadIdx.x / 32) - 2, static_cast<int>(threadIdx.x % 32)};
     const bool builds = threadIdx.x >= 64;
     if (builds) builder.one(blockIdx.x, 0);
@@ -227,7 +236,8 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_dq_kernel(const __grid_c
     if (warpgroup == 2) asm volatile("bar.arrive 4, 256;" ::: "memory");
 #endif
     int done = 0;
-    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done) consumer.run_tile(Tile(p, index), done);
+    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done)
+      consumer.run_tile(Tile(p, index), done);
   }
 }
 

@@ -1,13 +1,13 @@
 // Attention backward, sm_90a, head_dim 128, bf16: math section 5.
 //
-// Key-major. A work item is 128 key rows and a range of steps (64 query rows each). Band items own 128 consecutive rows and
-// run over the queries whose window reaches them; far items own 128 rows of a chunk's list of far rows and run over that
-// chunk's queries. K and V of an item stay in shared memory, dK and dV in registers until its end: far keys are reduced
-// once a chunk, not once a query tile. dQ is added to a float32 scratch in fragment order.
+// Key-major. A work item is 128 key rows and a range of steps (64 query rows each). Band items own 128 consecutive rows
+// and run over the queries whose window reaches them; far items own 128 rows of a chunk's list of far rows and run over
+// that chunk's queries. K and V of an item stay in shared memory, dK and dV in registers until its end: far keys are
+// reduced once a chunk, not once a query tile. dQ is added to a float32 scratch in fragment order.
 //
-// Warpgroup 0: warp 0 loads the steps (Q, dO, row data) by TMA, warps 2-3 the items' K and V (TMA, or cp.async gathers).
-// Warpgroups 1-2: 64 keys each. S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q from registers; dS through shared
-// memory for dQ = dS K, of which each warpgroup computes 64 columns.
+// Warpgroup 0: warp 0 loads the steps (Q, dO, row data) by TMA, warps 2-3 the items' K and V (TMA, or cp.async
+// gathers). Warpgroups 1-2: 64 keys each. S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q from registers; dS
+// through shared memory for dQ = dS K, of which each warpgroup computes 64 columns.
 #pragma once
 #include "kernels/cuda/sm90/attention_fwd/kernel.cuh"
 
@@ -18,8 +18,8 @@ constexpr int kStepBytes = kStep * kHeadDim * 2;
 constexpr int kBwdStages = 3;
 
 struct __align__(16) RowData {  // of the rows of one step
-  float lse2[kStep];   // softmax_lse in powers of two; +inf past the end
-  float delta[kStep];  // <do, out> - dlse
+  float lse2[kStep];            // softmax_lse in powers of two; +inf past the end
+  float delta[kStep];           // <do, out> - dlse
   float tau[kStep];
   int32_t window_begin[kStep];
 };
@@ -27,7 +27,8 @@ struct __align__(16) RowData {  // of the rows of one step
 // inside (0, 1). General: anything.
 enum Mode : int32_t { kBand, kFarPlain, kFarFractional, kFarGeneral };
 struct __align__(32) Item {
-  int32_t head, far, first, count;  // count 0: nothing to do. first: band: key row; far: index in the head's list of the chunk
+  int32_t head, far, first,
+      count;  // count 0: nothing to do. first: band: key row; far: index in the head's list of the chunk
   int32_t step_begin, step_end, max_begin, min_end;  // queries [max_begin, min_end) see every row
 };
 
@@ -35,18 +36,20 @@ struct BwdParams {
   CUtensorMap q_map, do_map, q_far_map;  // [batch, positions, heads, 128], boxes of positions_per_step x group x 64
   CUtensorMap k_map, v_map;              // boxes of 128 rows x 64
   const bf16 *k_far, *v;
-  const RowData* rows;  // [batch * num_kv_heads, steps]
-  const Item* items;             // the far ones, then one per 128 key rows and head
+  const RowData* rows;            // [batch * num_kv_heads, steps]
+  const Item* items;              // the far ones, then one per 128 key rows and head
   int32_t *next_item, *far_done;  // zeroed; far_done: CTAs that finished their far items
   const int32_t *far_begin, *far_end;
   const LiveRow* live;
-  float *dq, *dq_far;        // float32 scratch by fragments, zeroed
-  float *dk_scratch, *dv_scratch;  // float32 sums of the far items [head, row, 128] permuted; zeroed where a row is ever selected
+  float *dq, *dq_far;  // float32 scratch by fragments, zeroed
+  float *dk_scratch,
+      *dv_scratch;  // float32 sums of the far items [head, row, 128] permuted; zeroed where a row is ever selected
   bf16 *dk, *dk_far, *dv;
-  float *h_key, *h_query;                 // [head, seqlen_k], [head, seqlen_q], zeroed; null: no score gradient
+  float *h_key, *h_query;  // [head, seqlen_k], [head, seqlen_q], zeroed; null: no score gradient
   int64_t kf_batch, kf_seq, kf_head, v_batch, v_seq, v_head;  // of inputs
   int64_t dk_batch, dk_seq, dk_head, dkf_batch, dkf_seq, dkf_head, dv_batch, dv_seq, dv_head;
-  int32_t num_items, seqlen_q, seqlen_k, num_carried, num_kv_heads, group, group_inverse, positions_per_step, steps;  // group_inverse: 65536 / group, rounded up
+  int32_t num_items, seqlen_q, seqlen_k, num_carried, num_kv_heads, group, group_inverse, positions_per_step,
+      steps;  // group_inverse: 65536 / group, rounded up
   int32_t num_chunks, live_capacity;
   float scale, scale_log2;
 };
@@ -60,7 +63,8 @@ struct __align__(1024) BwdShared {
   RowData data[kBwdStages];
   int4 key[2][kBlock];  // row, begin, end, u
   Item item[2];
-  uint64_t item_full[2], item_empty[2], k_full[2], k_empty[2], v_full, v_empty, q_full[kBwdStages], do_full[kBwdStages], q_empty[kBwdStages], do_empty[kBwdStages];
+  uint64_t item_full[2], item_empty[2], k_full[2], k_empty[2], v_full, v_empty, q_full[kBwdStages], do_full[kBwdStages],
+      q_empty[kBwdStages], do_empty[kBwdStages];
 };
 
 // The next item of this CTA; count 0: no more. Everyone who calls must then arrive on item_empty of that place.
@@ -89,7 +93,9 @@ __device__ void bwd_load_steps(const BwdParams& p, BwdShared& s) {
       const uint32_t to = ptx::shared_address(kQueries ? s.q[at.stage] : s.d_out[at.stage]);
       ptx::tma_load_4d(to, map, full, 0, head, step * p.positions_per_step, b);
       ptx::tma_load_4d(to + kStepBytes / 2, map, full, 64, head, step * p.positions_per_step, b);
-      if (kQueries) ptx::bulk_load(ptx::shared_address(&s.data[at.stage]), p.rows + static_cast<int64_t>(item.head) * p.steps + step, sizeof(RowData), full);
+      if (kQueries)
+        ptx::bulk_load(ptx::shared_address(&s.data[at.stage]),
+                       p.rows + static_cast<int64_t>(item.head) * p.steps + step, sizeof(RowData), full);
       at.next();
     }
   }
@@ -124,7 +130,8 @@ __device__ inline void bwd_load_keys(const BwdParams& p, BwdShared& s, int threa
     const auto load = [&](const CUtensorMap* map, uint64_t* full, uint32_t to) {
       if (thread == 0) {
         ptx::barrier_arrive_expect(full, kTileBytes);
-        for (int half = 0; half < 2; ++half) ptx::tma_load_4d(to + half * (kTileBytes / 2), map, full, half * 64, item.first, kv, b);
+        for (int half = 0; half < 2; ++half)
+          ptx::tma_load_4d(to + half * (kTileBytes / 2), map, full, half * 64, item.first, kv, b);
       } else {
         ptx::barrier_arrive(full);
       }
@@ -133,7 +140,8 @@ __device__ inline void bwd_load_keys(const BwdParams& p, BwdShared& s, int threa
     const auto gather = [&](const bf16* x, int stride, uint64_t* full, uint32_t to) {
       const char* source = reinterpret_cast<const char*>(x) + chunk * 16;
 #pragma unroll 4
-      for (int n = thread >> 4; n < kBlock; n += 4) ptx::copy_async_16(to + swizzled(n, chunk), source + static_cast<int64_t>(key[n].x) * stride);
+      for (int n = thread >> 4; n < kBlock; n += 4)
+        ptx::copy_async_16(to + swizzled(n, chunk), source + static_cast<int64_t>(key[n].x) * stride);
       ptx::copy_async_arrive(full);
     };
     uint64_t* full = &s.k_full[at.stage];
@@ -149,13 +157,16 @@ __device__ inline void bwd_load_keys(const BwdParams& p, BwdShared& s, int threa
       }
       ptx::barrier_arrive(full);
       asm volatile("bar.sync 8, 64;" ::: "memory");
-      gather(p.k_far + b * p.kf_batch + kv * p.kf_head, static_cast<int>(p.kf_seq) * 2, full, ptx::shared_address(s.k[at.stage]));
+      gather(p.k_far + b * p.kf_batch + kv * p.kf_head, static_cast<int>(p.kf_seq) * 2, full,
+             ptx::shared_address(s.k[at.stage]));
     }
     at.next();
     ptx::barrier_wait(&s.v_empty, v_parity);
     v_parity ^= 1;
-    if (!item.far) load(&p.v_map, &s.v_full, ptx::shared_address(s.v));
-    else gather(p.v + b * p.v_batch + kv * p.v_head, static_cast<int>(p.v_seq) * 2, &s.v_full, ptx::shared_address(s.v));
+    if (!item.far)
+      load(&p.v_map, &s.v_full, ptx::shared_address(s.v));
+    else
+      gather(p.v + b * p.v_batch + kv * p.v_head, static_cast<int>(p.v_seq) * 2, &s.v_full, ptx::shared_address(s.v));
   }
 }
 
@@ -180,7 +191,8 @@ struct BwdConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
-      ptx::wgmma_m64n64k16_ss<0, 0>(d, a.at((step >> 2) * (kTileBytes / 2) + (step & 3) * 32), b.at((step >> 2) * (kStepBytes / 2) + (step & 3) * 32), step != 0);
+      ptx::wgmma_m64n64k16_ss<0, 0>(d, a.at((step >> 2) * (kTileBytes / 2) + (step & 3) * 32),
+                                    b.at((step >> 2) * (kStepBytes / 2) + (step & 3) * 32), step != 0);
     }
     ptx::wgmma_commit();
   }
@@ -206,11 +218,14 @@ struct BwdConsumer {
       if (row[r] < 0) continue;
       float* at = scratch + static_cast<int64_t>(row[r]) * kHeadDim + (thread & 3) * 4;
 #pragma unroll
-      for (int j = 0; j < 16; j += 2) ptx::add_global_v4(at + j * 8, d[4 * j + 2 * r], d[4 * j + 2 * r + 1], d[4 * j + 4 + 2 * r], d[4 * j + 5 + 2 * r]);
+      for (int j = 0; j < 16; j += 2)
+        ptx::add_global_v4(at + j * 8, d[4 * j + 2 * r], d[4 * j + 2 * r + 1], d[4 * j + 4 + 2 * r],
+                           d[4 * j + 5 + 2 * r]);
     }
   }
   // out = (d + scratch) * scale; without scratch, or for rows never selected, d * scale.
-  __device__ void store(bf16* out, int64_t stride, const float* scratch, const float (&d)[64], const int (&row)[2], const bool (&selected)[2], bool own, float scale) {
+  __device__ void store(bf16* out, int64_t stride, const float* scratch, const float (&d)[64], const int (&row)[2],
+                        const bool (&selected)[2], bool own, float scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row[r] < 0) continue;
@@ -218,7 +233,8 @@ struct BwdConsumer {
 #pragma unroll
       for (int n = 0; n < 8; ++n) x[n] = {0, 0, 0, 0};
       if (scratch != nullptr && selected[r]) {
-        const float4* from = reinterpret_cast<const float4*>(scratch + static_cast<int64_t>(row[r]) * kHeadDim) + (thread & 3);
+        const float4* from =
+            reinterpret_cast<const float4*>(scratch + static_cast<int64_t>(row[r]) * kHeadDim) + (thread & 3);
 #pragma unroll
         for (int n = 0; n < 8; ++n) x[n] = __ldcg(from + n * 4);
       }
@@ -235,7 +251,8 @@ struct BwdConsumer {
 
   template <int kMode>
   __device__ void run_item(const Item& item) {
-    constexpr bool kIsFar = kMode != kBand, kGated = kSoft && kMode >= kFarFractional, kScored = kMode >= kFarFractional;
+    constexpr bool kIsFar = kMode != kBand, kGated = kSoft && kMode >= kFarFractional,
+                   kScored = kMode >= kFarFractional;
     const int warp = thread >> 5, lane = thread & 31;
     const int key0 = warpgroup * 64 + warp * 16 + (lane >> 2);
     const int column0 = (lane & 3) * 2;
@@ -256,7 +273,8 @@ struct BwdConsumer {
     }
 #pragma unroll
     for (int e = 0; e < 64; ++e) dk[e] = dv[e] = 0;
-    float* dq = (kFar && kIsFar ? p.dq_far : p.dq) + (static_cast<int64_t>(item.head) * p.steps * 2 + warpgroup) * (kStep * 64) + thread * 4;
+    float* dq = (kFar && kIsFar ? p.dq_far : p.dq) +
+                (static_cast<int64_t>(item.head) * p.steps * 2 + warpgroup) * (kStep * 64) + thread * 4;
     float x[32], y[32];  // S^T then P^T, dP^T
     const bool any = item.step_begin < item.step_end;
     if (any) {
@@ -269,178 +287,190 @@ struct BwdConsumer {
       ptx::wgmma_wait<1>();
 
 #pragma unroll 1
-    for (int step = item.step_begin;; ++step) {
-      const uint32_t q = ptx::shared_address(s.q[at.stage]), d_out = ptx::shared_address(s.d_out[at.stage]);
-      const RowData& data = s.data[at.stage];
-      const int first = step * p.positions_per_step, last = first + p.positions_per_step - 1;
-      bool masked = false;
-      if (kMode == kFarGeneral) masked = item.max_begin > first || item.min_end <= last;
-      else if (!kIsFar) masked = data.window_begin[p.positions_per_step * p.group - 1] > item.first || p.num_carried + first < item.first + kBlock - 1;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 lse2 = *reinterpret_cast<const float2*>(&data.lse2[j * 8 + column0]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          x[4 * j + 2 * r] = ptx::exp2_approx(x[4 * j + 2 * r] * p.scale_log2 - lse2.x);
-          x[4 * j + 2 * r + 1] = ptx::exp2_approx(x[4 * j + 2 * r + 1] * p.scale_log2 - lse2.y);
-        }
-      }
-      if (masked && (kMode == kBand || kMode == kFarGeneral)) {
+      for (int step = item.step_begin;; ++step) {
+        const uint32_t q = ptx::shared_address(s.q[at.stage]), d_out = ptx::shared_address(s.d_out[at.stage]);
+        const RowData& data = s.data[at.stage];
+        const int first = step * p.positions_per_step, last = first + p.positions_per_step - 1;
+        bool masked = false;
+        if (kMode == kFarGeneral)
+          masked = item.max_begin > first || item.min_end <= last;
+        else if (!kIsFar)
+          masked = data.window_begin[p.positions_per_step * p.group - 1] > item.first ||
+                   p.num_carried + first < item.first + kBlock - 1;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
+          const float2 lse2 = *reinterpret_cast<const float2*>(&data.lse2[j * 8 + column0]);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            x[4 * j + 2 * r] = ptx::exp2_approx(x[4 * j + 2 * r] * p.scale_log2 - lse2.x);
+            x[4 * j + 2 * r + 1] = ptx::exp2_approx(x[4 * j + 2 * r + 1] * p.scale_log2 - lse2.y);
+          }
+        }
+        if (masked && (kMode == kBand || kMode == kFarGeneral)) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int column = j * 8 + column0 + c, i = position_of(step, column);
+              const int low = kIsFar ? 0 : data.window_begin[column];
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const bool visible =
+                    kIsFar ? i >= begin[r] && i < end[r] : row[r] >= low && row[r] <= p.num_carried + i;
+                if (!visible) x[4 * j + 2 * r + c] = 0;
+              }
+            }
+          }
+        }
+        uint32_t packed[16];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float2 tau{0, 0};
+          if (kGated) tau = *reinterpret_cast<const float2*>(&data.tau[j * 8 + column0]);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            float a = x[4 * j + 2 * r], b = x[4 * j + 2 * r + 1];
+            if (kGated && kMode == kFarFractional)
+              a *= u[r] - tau.x, b *= u[r] - tau.y;
+            else if (kGated)
+              a *= __saturatef(u[r] - tau.x), b *= __saturatef(u[r] - tau.y);
+            packed[2 * j + r] = ptx::pack_bf16(a, b);
+          }
+        }
+        issue_update(dv, packed, d_out);
+        ptx::wgmma_wait<1>();
+        if (step + 1 == item.step_end) release(&s.v_empty);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) asm volatile("" : "+f"(u[r]));  // weights are cheaper again than kept
+        uint32_t ds[16];
+        float sum[16];  // eq. 10: sums over the fractional pairs
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 delta = *reinterpret_cast<const float2*>(&data.delta[j * 8 + column0]);
+          float2 tau{0, 0};
+          if (kScored) tau = *reinterpret_cast<const float2*>(&data.tau[j * 8 + column0]);
+          sum[2 * j] = sum[2 * j + 1] = 0;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            float value[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const float probability = x[4 * j + 2 * r + c];
+              float gated = y[4 * j + 2 * r + c];
+              if (kScored) {
+                const float weight = u[r] - (c == 0 ? tau.x : tau.y);
+                const float h = kMode == kFarFractional || (weight > 0 && weight < 1) ? probability * gated : 0.0f;
+                h_key[r] += h;
+                if (kDq) sum[2 * j + c] += h;
+                if (kSoft) gated *= kMode == kFarFractional ? weight : __saturatef(weight);
+              }
+              value[c] = probability * (gated - (c == 0 ? delta.x : delta.y));
+            }
+            ds[2 * j + r] = ptx::pack_bf16(value[0], value[1]);
+          }
+        }
+        if (kDq && kScored && p.h_key != nullptr) {
+          // Reduce over the 8 lanes that hold other keys of the same queries; each ends with 2 of the 16 columns.
+#pragma unroll
+          for (int half = 8, bit = 16; half >= 2; half /= 2, bit /= 2) {
+            const bool upper = lane & bit;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+              if (n < half) {
+                const float send = upper ? sum[n] : sum[n + half], keep = upper ? sum[n + half] : sum[n];
+                sum[n] = keep + __shfl_xor_sync(0xffffffffu, send, bit);
+              }
+            }
+          }
+          const int column = (lane >> 2) * 8 + column0;
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const int column = j * 8 + column0 + c, i = position_of(step, column);
-            const int low = kIsFar ? 0 : data.window_begin[column];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const bool visible = kIsFar ? i >= begin[r] && i < end[r] : row[r] >= low && row[r] <= p.num_carried + i;
-              if (!visible) x[4 * j + 2 * r + c] = 0;
-            }
+            const int i = position_of(step, column + c);
+            if (i < p.seqlen_q && i <= last)
+              ptx::add_global(p.h_query + static_cast<int64_t>(item.head) * p.seqlen_q + i, sum[c]);
           }
         }
-      }
-      uint32_t packed[16];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float2 tau{0, 0};
-        if (kGated) tau = *reinterpret_cast<const float2*>(&data.tau[j * 8 + column0]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float a = x[4 * j + 2 * r], b = x[4 * j + 2 * r + 1];
-          if (kGated && kMode == kFarFractional) a *= u[r] - tau.x, b *= u[r] - tau.y;
-          else if (kGated) a *= __saturatef(u[r] - tau.x), b *= __saturatef(u[r] - tau.y);
-          packed[2 * j + r] = ptx::pack_bf16(a, b);
-        }
-      }
-      issue_update(dv, packed, d_out);
-      ptx::wgmma_wait<1>();
-      if (step + 1 == item.step_end) release(&s.v_empty);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) asm volatile("" : "+f"(u[r]));  // weights are cheaper again than kept
-      uint32_t ds[16];
-      float sum[16];  // eq. 10: sums over the fractional pairs
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(&data.delta[j * 8 + column0]);
-        float2 tau{0, 0};
-        if (kScored) tau = *reinterpret_cast<const float2*>(&data.tau[j * 8 + column0]);
-        sum[2 * j] = sum[2 * j + 1] = 0;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float value[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float probability = x[4 * j + 2 * r + c];
-            float gated = y[4 * j + 2 * r + c];
-            if (kScored) {
-              const float weight = u[r] - (c == 0 ? tau.x : tau.y);
-              const float h = kMode == kFarFractional || (weight > 0 && weight < 1) ? probability * gated : 0.0f;
-              h_key[r] += h;
-              if (kDq) sum[2 * j + c] += h;
-              if (kSoft) gated *= kMode == kFarFractional ? weight : __saturatef(weight);
-            }
-            value[c] = probability * (gated - (c == 0 ? delta.x : delta.y));
+        if constexpr (!kDq) {
+          const int stage = at.stage;
+          at.next();
+          if (step + 1 == item.step_end) {
+            issue_update(dk, ds, q);
+            ptx::wgmma_wait<0>();
+            release(&s.do_empty[stage]);
+            release(&s.q_empty[stage]);
+            break;
           }
-          ds[2 * j + r] = ptx::pack_bf16(value[0], value[1]);
-        }
-      }
-      if (kDq && kScored && p.h_key != nullptr) {
-        // Reduce over the 8 lanes that hold other keys of the same queries; each ends with 2 of the 16 columns.
-#pragma unroll
-        for (int half = 8, bit = 16; half >= 2; half /= 2, bit /= 2) {
-          const bool upper = lane & bit;
-#pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            if (n < half) {
-              const float send = upper ? sum[n] : sum[n + half], keep = upper ? sum[n + half] : sum[n];
-              sum[n] = keep + __shfl_xor_sync(0xffffffffu, send, bit);
-            }
-          }
-        }
-        const int column = (lane >> 2) * 8 + column0;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int i = position_of(step, column + c);
-          if (i < p.seqlen_q && i <= last) ptx::add_global(p.h_query + static_cast<int64_t>(item.head) * p.seqlen_q + i, sum[c]);
-        }
-      }
-      if constexpr (!kDq) {
-        const int stage = at.stage;
-        at.next();
-        if (step + 1 == item.step_end) {
           issue_update(dk, ds, q);
+          ptx::barrier_wait(&s.q_full[at.stage], at.parity);
+          issue_product(x, keys + warpgroup * 64 * 128, ptx::shared_address(s.q[at.stage]));
+          ptx::barrier_wait(&s.do_full[at.stage], at.parity);
           ptx::wgmma_wait<0>();
           release(&s.do_empty[stage]);
           release(&s.q_empty[stage]);
-          break;
+          issue_product(y, values + warpgroup * 64 * 128, ptx::shared_address(s.d_out[at.stage]));
+        } else {
+          // dS to shared memory once the other warpgroup no longer reads the last one.
+          asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+          {
+            const int matrix = lane >> 3, key = warpgroup * 64 + warp * 16 + (matrix & 1) * 8 + (lane & 7);
+            const uint32_t base = ptx::shared_address(s.ds) + key * 128;
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+              ptx::store_matrix_x4(base + (((j + (matrix >> 1)) ^ (key & 7)) << 4), ds[2 * j], ds[2 * j + 1],
+                                   ds[2 * j + 2], ds[2 * j + 3]);
+            }
+          }
+          ptx::fence_proxy_async();
+          asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
+          const int stage = at.stage;
+          at.next();
+          float d[32];
+          const auto issue_ds = [&] {                                           // dQ, then dK
+            asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory");  // both halves of dS are there
+            const ptx::Operand all(ptx::shared_address(s.ds), 8192, 1024),
+                k_operand(keys + warpgroup * (kTileBytes / 2), 16384, 1024);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int n = 0; n < kBlock / 16; ++n)
+              ptx::wgmma_m64n64k16_ss<1, 1>(d, all.at(n * 16 * 128), k_operand.at(n * 16 * 128), n != 0);
+            ptx::wgmma_commit();
+            const ptx::Operand own(ptx::shared_address(s.ds) + warpgroup * 64 * 128, 16, 1024),
+                q_operand(q, kStepBytes / 2, 1024);
+#pragma unroll
+            for (int n = 0; n < kStep / 16; ++n)
+              ptx::wgmma_m64n128k16_ss_tb(dk, own.at(n * 32), q_operand.at(n * 16 * 128));
+            ptx::wgmma_commit();
+          };
+          const auto add_dq = [&] {
+            asm volatile("bar.arrive %0, 256;" ::"r"(3 - warpgroup) : "memory");
+            float* to = dq + static_cast<int64_t>(step) * (2 * kStep * 64);
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+              ptx::add_global_v4(to + j * 512, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+          };
+          if (step + 1 == item.step_end) {
+            issue_ds();
+            ptx::wgmma_wait<2>();
+            release(&s.do_empty[stage]);
+            ptx::wgmma_wait<0>();
+            release(&s.q_empty[stage]);
+            add_dq();
+            break;
+          }
+          ptx::barrier_wait(&s.q_full[at.stage], at.parity);
+          issue_product(x, keys + warpgroup * 64 * 128, ptx::shared_address(s.q[at.stage]));
+          ptx::wgmma_wait<1>();
+          release(&s.do_empty[stage]);
+          issue_ds();
+          ptx::wgmma_wait<1>();
+          add_dq();
+          ptx::barrier_wait(&s.do_full[at.stage], at.parity);
+          issue_product(y, values + warpgroup * 64 * 128, ptx::shared_address(s.d_out[at.stage]));
+          ptx::wgmma_wait<1>();
+          release(&s.q_empty[stage]);
         }
-        issue_update(dk, ds, q);
-        ptx::barrier_wait(&s.q_full[at.stage], at.parity);
-        issue_product(x, keys + warpgroup * 64 * 128, ptx::shared_address(s.q[at.stage]));
-        ptx::barrier_wait(&s.do_full[at.stage], at.parity);
-        ptx::wgmma_wait<0>();
-        release(&s.do_empty[stage]);
-        release(&s.q_empty[stage]);
-        issue_product(y, values + warpgroup * 64 * 128, ptx::shared_address(s.d_out[at.stage]));
-      } else {
-      // dS to shared memory once the other warpgroup no longer reads the last one.
-      asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
-      {
-        const int matrix = lane >> 3, key = warpgroup * 64 + warp * 16 + (matrix & 1) * 8 + (lane & 7);
-        const uint32_t base = ptx::shared_address(s.ds) + key * 128;
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          ptx::store_matrix_x4(base + (((j + (matrix >> 1)) ^ (key & 7)) << 4), ds[2 * j], ds[2 * j + 1], ds[2 * j + 2], ds[2 * j + 3]);
-        }
       }
-      ptx::fence_proxy_async();
-      asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
-      const int stage = at.stage;
-      at.next();
-      float d[32];
-      const auto issue_ds = [&] {  // dQ, then dK
-        asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory");  // both halves of dS are there
-        const ptx::Operand all(ptx::shared_address(s.ds), 8192, 1024), k_operand(keys + warpgroup * (kTileBytes / 2), 16384, 1024);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int n = 0; n < kBlock / 16; ++n) ptx::wgmma_m64n64k16_ss<1, 1>(d, all.at(n * 16 * 128), k_operand.at(n * 16 * 128), n != 0);
-        ptx::wgmma_commit();
-        const ptx::Operand own(ptx::shared_address(s.ds) + warpgroup * 64 * 128, 16, 1024), q_operand(q, kStepBytes / 2, 1024);
-#pragma unroll
-        for (int n = 0; n < kStep / 16; ++n) ptx::wgmma_m64n128k16_ss_tb(dk, own.at(n * 32), q_operand.at(n * 16 * 128));
-        ptx::wgmma_commit();
-      };
-      const auto add_dq = [&] {
-        asm volatile("bar.arrive %0, 256;" ::"r"(3 - warpgroup) : "memory");
-        float* to = dq + static_cast<int64_t>(step) * (2 * kStep * 64);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) ptx::add_global_v4(to + j * 512, d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-      };
-      if (step + 1 == item.step_end) {
-        issue_ds();
-        ptx::wgmma_wait<2>();
-        release(&s.do_empty[stage]);
-        ptx::wgmma_wait<0>();
-        release(&s.q_empty[stage]);
-        add_dq();
-        break;
-      }
-      ptx::barrier_wait(&s.q_full[at.stage], at.parity);
-      issue_product(x, keys + warpgroup * 64 * 128, ptx::shared_address(s.q[at.stage]));
-      ptx::wgmma_wait<1>();
-      release(&s.do_empty[stage]);
-      issue_ds();
-      ptx::wgmma_wait<1>();
-      add_dq();
-      ptx::barrier_wait(&s.do_full[at.stage], at.parity);
-      issue_product(y, values + warpgroup * 64 * 128, ptx::shared_address(s.d_out[at.stage]));
-      ptx::wgmma_wait<1>();
-      release(&s.q_empty[stage]);
-      }
-    }
-    }
-    else {
+    } else {
       ptx::barrier_wait(&s.v_full, v_parity);
       release(&s.v_empty);
     }
@@ -464,15 +494,19 @@ struct BwdConsumer {
       bool selected[2] = {false, false};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (row[r] >= p.seqlen_k) row[r] = -1;
-        else selected[r] = p.far_end[rows + row[r]] > p.far_begin[rows + row[r]];
+        if (row[r] >= p.seqlen_k)
+          row[r] = -1;
+        else
+          selected[r] = p.far_end[rows + row[r]] > p.far_begin[rows + row[r]];
       }
       wait_far();
       const int b = item.head / p.num_kv_heads, kv = item.head % p.num_kv_heads;
       const float *dk_far = p.dk_scratch + rows * kHeadDim, *dv_far = p.dv_scratch + rows * kHeadDim;
       store(p.dv + b * p.dv_batch + kv * p.dv_head, p.dv_seq, dv_far, dv, row, selected, true, 1.0f);
-      store(p.dk + b * p.dk_batch + kv * p.dk_head, p.dk_seq, kFar ? nullptr : dk_far, dk, row, selected, true, p.scale);
-      if (kFar) store(p.dk_far + b * p.dkf_batch + kv * p.dkf_head, p.dkf_seq, dk_far, dk, row, selected, false, p.scale);
+      store(p.dk + b * p.dk_batch + kv * p.dk_head, p.dk_seq, kFar ? nullptr : dk_far, dk, row, selected, true,
+            p.scale);
+      if (kFar)
+        store(p.dk_far + b * p.dkf_batch + kv * p.dkf_head, p.dkf_seq, dk_far, dk, row, selected, false, p.scale);
     }
   }
   // Until every CTA has added its far items. All CTAs are resident and take far items first, so this ends.
@@ -499,10 +533,14 @@ struct BwdConsumer {
         if (warpgroup == 0 && thread == 0) atomicAdd(p.far_done, 1);
       }
       if (item.count == 0) return;
-      if (!item.far) run_item<kBand>(item);
-      else if (item.far == kFarPlain) run_item<kFarPlain>(item);
-      else if (item.far == kFarFractional) run_item<kFarFractional>(item);
-      else run_item<kFarGeneral>(item);
+      if (!item.far)
+        run_item<kBand>(item);
+      else if (item.far == kFarPlain)
+        run_item<kFarPlain>(item);
+      else if (item.far == kFarFractional)
+        run_item<kFarFractional>(item);
+      else
+        run_item<kFarGeneral>(item);
     }
   }
 };
@@ -534,127 +572,15 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_kernel(const __grid_cons
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::registers_decrease<24>();
-    if (threadIdx.x == 0) bwd_load_steps<kFar, true>(p, s);
-    else if (threadIdx.x == 32) bwd_load_steps<kFar, false>(p, s);
-    else if (threadIdx.x >= 64) bwd_load_keys(p, s, threadIdx.x - 64);
+    if (threadIdx.x == 0)
+      bwd_load_steps<kFar, true>(p, s);
+    else if (threadIdx.x == 32)
+      bwd_load_steps<kFar, false>(p, s);
+    else if (threadIdx.x >= 64)
+      bwd_load_keys(p, s, threadIdx.x - 64);
   } else {
     ptx::registers_increase<240>();
     BwdConsumer<kSoft, kFar, kDq>{p, s, warpgroup - 1, static_cast<int>(threadIdx.x % 128)}.run();
-  }
-}
-
-// --- before: row data, items
-
-// One CTA per (step, head); 16 lanes per row.
-__global__ void __launch_bounds__(256) bwd_rows_kernel(const bf16* out, const bf16* d_out, const float* lse, const float* d_lse, const float* tau, const int32_t* window_begin,
-                                                       int seqlen_q, int num_heads, int num_kv_heads, int positions_per_step, int steps, int64_t o_batch, int64_t o_seq,
-                                                       int64_t o_head, RowData* rows, float* lse2, float* deltas) {
-  const int step = blockIdx.x, kv_head = blockIdx.y, b = kv_head / num_kv_heads, group = num_heads / num_kv_heads;
-  const int lane = threadIdx.x & 15;
-  RowData& data = rows[static_cast<int64_t>(kv_head) * steps + step];
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int column = threadIdx.x / 16 + n * 16;
-    const int i = step * positions_per_step + column / group, head = kv_head % num_kv_heads * group + column % group;
-    const bool valid = column < positions_per_step * group && i < seqlen_q;
-    float sum = 0;
-    if (valid) {
-      const int64_t at = b * o_batch + i * o_seq + head * o_head + lane * 8;
-      const uint4 o = *reinterpret_cast<const uint4*>(out + at), d = *reinterpret_cast<const uint4*>(d_out + at);
-      const auto product = [](uint32_t a, uint32_t b) {
-        const float2 fa = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(a)), fb = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(b));
-        return fa.x * fb.x + fa.y * fb.y;
-      };
-      sum = (product(o.x, d.x) + product(o.y, d.y)) + (product(o.z, d.z) + product(o.w, d.w));
-    }
-    for (int bit = 8; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-    if (lane == 0) {
-      const int64_t row = (static_cast<int64_t>(b) * num_heads + head) * seqlen_q + i;
-      if (valid && lse2 != nullptr) lse2[row] = lse[row] * 1.44269504088896341f, deltas[row] = sum - (d_lse == nullptr ? 0.0f : d_lse[row]);
-      data.lse2[column] = valid ? lse[row] * 1.44269504088896341f : INFINITY;
-      data.delta[column] = valid ? sum - (d_lse == nullptr ? 0.0f : d_lse[row]) : 0.0f;
-      data.tau[column] = valid ? tau[static_cast<int64_t>(kv_head) * seqlen_q + i] : 0.0f;
-      data.window_begin[column] = valid ? window_begin[static_cast<int64_t>(b) * seqlen_q + i] : INT32_MAX;
-    }
-  }
-}
-
-// Scratch of the rows that are ever selected. One warp per 32 rows of a head.
-__global__ void __launch_bounds__(256) bwd_zero_kernel(const int32_t* far_begin, const int32_t* far_end, int64_t total, float* dk, float* dv) {
-  const int64_t base = (blockIdx.x * 8LL + threadIdx.x / 32) * 32;
-  const int lane = threadIdx.x & 31;
-  const bool selected = base + lane < total && far_end[base + lane] > far_begin[base + lane];
-  uint32_t votes = __ballot_sync(0xffffffffu, selected);
-  while (votes != 0) {
-    const int64_t row = base + __ffs(votes) - 1;
-    votes &= votes - 1;
-    reinterpret_cast<float4*>(dk + row * kHeadDim)[lane] = reinterpret_cast<float4*>(dv + row * kHeadDim)[lane] = float4{0, 0, 0, 0};
-  }
-}
-
-// One warp per item: the far blocks of every (chunk, head), then the band tiles of every head.
-__global__ void __launch_bounds__(256) bwd_items_kernel(const int32_t* window_begin, const LiveRow* live, const int32_t* live_count, const int32_t* live_classes, int heads, int num_kv_heads, int seqlen_q,
-                                                        int seqlen_k, int num_carried, int num_chunks, int chunk_size, int live_capacity, int positions_per_step,
-                                                        int far_per_chunk, Item* items) {
-  int index = blockIdx.x * 8 + threadIdx.x / 32;
-  const int lane = threadIdx.x & 31, num_far = num_chunks * heads * far_per_chunk;
-  Item* const to = items + index;
-  Item item{0, 0, 0, 0, 0, 0, 0, 0};
-  if (index >= num_far) {
-    index -= num_far;
-    const int head = index % heads, first = index / heads * kBlock;
-    if (first >= seqlen_k) return;
-    item.head = head, item.first = first, item.count = kBlock;
-    const int last_row = min(first + kBlock, seqlen_k) - 1, from = max(0, first - num_carried);
-    const int32_t* begin = window_begin + static_cast<int64_t>(head / num_kv_heads) * seqlen_q;
-    int low = from, high = seqlen_q;  // first query whose window begins after the tile
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (begin[middle] <= last_row) low = middle + 1; else high = middle;
-    }
-    if (low > from) item.step_begin = from / positions_per_step, item.step_end = (low - 1) / positions_per_step + 1;
-  } else {
-    const int n = index % far_per_chunk, head = index / far_per_chunk % heads, chunk = index / far_per_chunk / heads;
-    const int64_t list = static_cast<int64_t>(head) * num_chunks + chunk;
-    const int first = n * kBlock, count = min(kBlock, live_count[list] - first);
-    if (count > 0) {
-      int begin = INT32_MAX, end = 0, max_begin = 0, min_end = INT32_MAX;
-      for (int m = lane; m < count; m += 32) {
-        const LiveRow x = live[list * live_capacity + first + m];
-        begin = min(begin, x.begin), end = max(end, x.end), max_begin = max(max_begin, x.begin), min_end = min(min_end, x.end);
-      }
-      begin = max(chunk * chunk_size, __reduce_min_sync(0xffffffffu, begin));
-      end = min(min((chunk + 1) * chunk_size, seqlen_q), __reduce_max_sync(0xffffffffu, end));
-      const int plain = live_classes[list * 2], fractional = live_classes[list * 2 + 1];
-      const int mode = first + count <= plain ? kFarPlain : first >= plain && first + count <= fractional ? kFarFractional : kFarGeneral;
-      item = {head, count == kBlock ? mode : kFarGeneral, static_cast<int32_t>(list * live_capacity + first), count, begin / positions_per_step, (end - 1) / positions_per_step + 1,
-              __reduce_max_sync(0xffffffffu, max_begin), __reduce_min_sync(0xffffffffu, min_end)};
-      if (count < kBlock) item.max_begin = INT32_MAX;
-    }
-  }
-  if (lane == 0) *to = item;
-}
-
-// --- after: scratch to bf16
-
-// dq: one thread per 16 floats of the scratch: 8 columns of two rows.
-__global__ void __launch_bounds__(256) bwd_dq_kernel(const float* scratch, int seqlen_q, int num_kv_heads, int group, int positions_per_step, int steps, int64_t total, float scale,
-                                                     int64_t q_batch, int64_t q_seq, int64_t q_head, bf16* dq) {
-  const int64_t index = blockIdx.x * 256LL + threadIdx.x;
-  if (index >= total) return;
-  const int j = index & 7, quad = (index >> 4) & 31, half = (index >> 3) & 1;
-  const int64_t rest = index >> 9;
-  const int step = rest % steps, head = rest / steps, b = head / num_kv_heads;
-  const float4* from = reinterpret_cast<const float4*>(scratch) + rest * 2048 + half * 1024 + j * 128 + quad * 4;
-  const float4 x[4] = {from[0], from[1], from[2], from[3]};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = (quad >> 3) * 16 + (quad & 7) + 8 * r, i = step * positions_per_step + row / group;
-    if (row >= positions_per_step * group || i >= seqlen_q) continue;
-    uint32_t y[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) y[t] = r == 0 ? ptx::pack_bf16(x[t].x * scale, x[t].y * scale) : ptx::pack_bf16(x[t].z * scale, x[t].w * scale);
-    *reinterpret_cast<uint4*>(dq + b * q_batch + i * q_seq + (head % num_kv_heads * group + row % group) * q_head + half * 64 + j * 8) = {y[0], y[1], y[2], y[3]};
   }
 }
 

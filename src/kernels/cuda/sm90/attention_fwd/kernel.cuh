@@ -1,18 +1,19 @@
 // Attention forward, sm_90a, head_dim 128, bf16: eq. 7-9.
 //
-// One CTA = 128 rows (positions x the group's heads) of one KV head. Warpgroup 0 produces: gathers 128-key blocks of K and V with
-// cp.async, the window band first, then the union of far rows visible to any query of the tile. Warpgroups 1 and 2 consume: 64 rows
-// each, S = Q K^T and O += P V by wgmma, the next block's S in flight while the current P V runs.
+// One CTA = 128 rows (positions x the group's heads) of one KV head. Warpgroup 0 produces: gathers 128-key blocks of K
+// and V with cp.async, the window band first, then the union of far rows visible to any query of the tile. Warpgroups 1
+// and 2 consume: 64 rows each, S = Q K^T and O += P V by wgmma, the next block's S in flight while the current P V
+// runs.
 #pragma once
 #include <cuda.h>
 
+#include "kernels/cuda/live_rows.h"
 #include "kernels/cuda/ptx/instructions.cuh"
 
 namespace sparsek::cuda {
 
 using bf16 = __nv_bfloat16;
 
-struct LiveRow;
 struct FwdParams {
   CUtensorMap k_map, v_map;      // [batch, heads, rows, 128], boxes of 128 rows x 64
   CUtensorMap q_map, q_far_map;  // [batch, positions, heads, 128], boxes of positions_per_tile x group x 64
@@ -21,8 +22,8 @@ struct FwdParams {
   const int32_t *window_begin, *far_begin, *far_end;
   bf16* out;
   float* lse;
-  const struct LiveRow* live;                        // [batch * num_kv_heads, num_chunks, live_capacity]
-  const int32_t* live_count;                         // [batch * num_kv_heads, num_chunks]
+  const LiveRow* live;        // [batch * num_kv_heads, num_chunks, live_capacity]
+  const int32_t* live_count;  // [batch * num_kv_heads, num_chunks]
   int64_t q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, o_batch, o_seq, o_head;
   int64_t qf_batch, qf_seq, qf_head, kf_batch, kf_seq, kf_head;
   int32_t batch, seqlen_q, seqlen_k, num_carried, num_heads, num_kv_heads, group, positions_per_tile;
@@ -30,25 +31,18 @@ struct FwdParams {
   float scale_log2;
 };
 
-constexpr int kChunk = 1024;   // queries that share a list of far rows, at most
-constexpr int kTile = 128;     // rows
-constexpr int kBlock = 128;    // keys
+constexpr int kChunk = 1024;  // queries that share a list of far rows, at most
+constexpr int kTile = 128;    // rows
+constexpr int kBlock = 128;   // keys
 constexpr int kHeadDim = 128;
-#ifndef K_STAGES
-#define K_STAGES 3
-#endif
 constexpr int kTileBytes = kTile * kHeadDim * 2;
 constexpr float kMaxGrowth = 8.0f;  // the running maximum may lag by this many powers of two
-
-struct LiveRow {
-  int32_t row, begin, end;
-  float u;
-};
 
 // What loader, builder and consumers share. kQueries tiles of query rows, kStagesK_ stages of K, two of V.
 template <int kQueries, int kMaxUnion_, int kStagesK_ = 2, int kBandLoaders_ = 128, bool kValuesFirst_ = false>
 struct __align__(1024) LoaderShared {
-  static constexpr int kStagesK = kStagesK_, kStagesV = 2, kMaxUnion = kMaxUnion_, kNumQueries = kQueries, kLoaders = 128, kBandLoaders = kBandLoaders_;
+  static constexpr int kStagesK = kStagesK_, kStagesV = 2, kMaxUnion = kMaxUnion_, kNumQueries = kQueries,
+                       kLoaders = 128, kBandLoaders = kBandLoaders_;
   static constexpr bool kValuesFirst = kValuesFirst_;
   uint8_t q[kQueries][kTileBytes];
   uint8_t k[kStagesK][kTileBytes];
@@ -59,7 +53,8 @@ struct __align__(1024) LoaderShared {
   uint16_t interval[2][kMaxUnion];  // visible at the tile's queries [low byte, low byte + high byte)
   int32_t warp_count[2][3];
   int32_t num_plain[2], num_full[2], num_far[2];
-  uint64_t q_full, q_empty, union_full[2], union_empty[2], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV], v_empty[kStagesV];
+  uint64_t q_full, q_empty, union_full[2], union_empty[2], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
+      v_empty[kStagesV];
 
   __device__ void initialise() {
     ptx::barrier_init(&q_full, 1);
@@ -74,9 +69,10 @@ struct __align__(1024) LoaderShared {
   }
 };
 template <bool kFar>
-struct Shared : LoaderShared<kFar ? 2 : 1, kFar || K_STAGES == 3 ? 1664 : 2304, kFar ? 2 : K_STAGES> {};
+struct Shared : LoaderShared<kFar ? 2 : 1, kFar ? 1664 : 2304> {};
 
-// Byte offset of 16-byte chunk `chunk` (0-15) of row `row` in a [128, 128] bf16 tile of two 64-wide halves, 128-byte swizzled.
+// Byte offset of 16-byte chunk `chunk` (0-15) of row `row` in a [128, 128] bf16 tile of two 64-wide halves, 128-byte
+// swizzled.
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return static_cast<uint32_t>((chunk >> 3) * (kTile * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4));
 }
@@ -136,10 +132,13 @@ struct Builder {
         const bool visible = x.y <= t.last && x.z > t.first;
         const bool full = visible && x.y <= t.first && x.z > t.last;
         const bool plain = full && (!kSoft || __int_as_float(x.w) - tau_last >= 1.0f);
-        const uint32_t votes[3] = {__ballot_sync(0xffffffffu, plain), __ballot_sync(0xffffffffu, full && !plain), __ballot_sync(0xffffffffu, visible && !full)};
+        const uint32_t votes[3] = {__ballot_sync(0xffffffffu, plain), __ballot_sync(0xffffffffu, full && !plain),
+                                   __ballot_sync(0xffffffffu, visible && !full)};
         if (pass == 1 && visible) {
           const int kind = plain ? 0 : full ? 1 : 2;
-          const int where = kind == 0 ? at[0] + __popc(votes[0] & before) : kind == 1 ? at[1] + __popc(votes[1] & before) : at[2] + __popc(votes[2] & before);
+          const int where = kind == 0   ? at[0] + __popc(votes[0] & before)
+                            : kind == 1 ? at[1] + __popc(votes[1] & before)
+                                        : at[2] + __popc(votes[2] & before);
           s.row[buffer][where] = x.x;
           const int begin = max(0, x.y - t.first);
           s.interval[buffer][where] = static_cast<uint16_t>(begin | (min(255, x.z - t.first) - begin) << 8);
@@ -216,7 +215,9 @@ struct Loader {
       const int4 r = *reinterpret_cast<const int4*>(rows + first + n * 8);
       const int row[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
-      for (int c = 0; c < 4; ++c) ptx::copy_async_16(base + swizzled(half * 4 + c, chunk) + n * 1024, source + static_cast<int64_t>(row[c]) * stride_bytes);
+      for (int c = 0; c < 4; ++c)
+        ptx::copy_async_16(base + swizzled(half * 4 + c, chunk) + n * 1024,
+                           source + static_cast<int64_t>(row[c]) * stride_bytes);
     }
   }
   __device__ void load_box(const Tile& t, const CUtensorMap* map, uint8_t* shared, uint64_t* barrier, int first) {
@@ -228,26 +229,27 @@ struct Loader {
     } else {
       ptx::barrier_arrive(barrier);
     }
-    for (int n = SharedType::kBandLoaders; n < SharedType::kLoaders; n += SharedType::kBandLoaders) ptx::barrier_arrive(barrier);
+    for (int n = SharedType::kBandLoaders; n < SharedType::kLoaders; n += SharedType::kBandLoaders)
+      ptx::barrier_arrive(barrier);
   }
   // Q and the band: the first kBandLoaders threads. The others call skip().
   __device__ void band(const Tile& t, int done) {
-      if (thread == 0) {
-        ptx::barrier_wait(&s.q_empty, (done & 1) ^ 1);
-        ptx::barrier_arrive_expect(&s.q_full, SharedType::kNumQueries * p.positions_per_tile * p.group * kHeadDim * 2);
-        load_q(t, q_map, s.q[0]);
-        if (SharedType::kNumQueries == 2) load_q(t, second_map, s.q[SharedType::kNumQueries - 1]);
-      }
-      const int band_blocks = (t.band_rows + kBlock - 1) / kBlock;
+    if (thread == 0) {
+      ptx::barrier_wait(&s.q_empty, (done & 1) ^ 1);
+      ptx::barrier_arrive_expect(&s.q_full, SharedType::kNumQueries * p.positions_per_tile * p.group * kHeadDim * 2);
+      load_q(t, q_map, s.q[0]);
+      if (SharedType::kNumQueries == 2) load_q(t, second_map, s.q[SharedType::kNumQueries - 1]);
+    }
+    const int band_blocks = (t.band_rows + kBlock - 1) / kBlock;
 #pragma unroll 1
-      for (int n = 0; n < band_blocks; ++n) {
-        const int first = t.band_begin + n * kBlock;
-        if (SharedType::kValuesFirst) band_values(t, first);
-        ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
-        load_box(t, &p.k_map, s.k[k_at.stage], &s.k_full[k_at.stage], first);
-        k_at.next();
-        if (!SharedType::kValuesFirst) band_values(t, first);
-      }
+    for (int n = 0; n < band_blocks; ++n) {
+      const int first = t.band_begin + n * kBlock;
+      if (SharedType::kValuesFirst) band_values(t, first);
+      ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
+      load_box(t, &p.k_map, s.k[k_at.stage], &s.k_full[k_at.stage], first);
+      k_at.next();
+      if (!SharedType::kValuesFirst) band_values(t, first);
+    }
   }
   __device__ void band_values(const Tile& t, int first) {
     ptx::barrier_wait(&s.v_empty[v_at.stage], v_at.parity ^ 1);
@@ -259,28 +261,28 @@ struct Loader {
   }
   // The union: all threads.
   __device__ void far(const Tile& t, int done) {
-      const bf16* v = p.v + t.b * p.v_batch + t.kv * p.v_head;
-      const bf16* k = far_keys + t.b * k_batch + t.kv * k_head;
-      const int v_stride = static_cast<int>(p.v_seq) * 2;
-      const int buffer = done & 1;
-      ptx::barrier_wait(&s.union_full[buffer], (done >> 1) & 1);
-      const int num_far = s.num_far[buffer];
+    const bf16* v = p.v + t.b * p.v_batch + t.kv * p.v_head;
+    const bf16* k = far_keys + t.b * k_batch + t.kv * k_head;
+    const int v_stride = static_cast<int>(p.v_seq) * 2;
+    const int buffer = done & 1;
+    ptx::barrier_wait(&s.union_full[buffer], (done >> 1) & 1);
+    const int num_far = s.num_far[buffer];
 #pragma unroll 1
-      for (int first = 0; first < num_far; first += kBlock) {
-        const int32_t* rows = &s.row[buffer][first];
-        const auto values = [&] {
-          ptx::barrier_wait(&s.v_empty[v_at.stage], v_at.parity ^ 1);
-          gather(v, v_stride, s.v[v_at.stage], rows);
-          ptx::copy_async_arrive(&s.v_full[v_at.stage]);
-          v_at.next();
-        };
-        if (SharedType::kValuesFirst) values();
-        ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
-        gather(k, k_stride, s.k[k_at.stage], rows);
-        ptx::copy_async_arrive(&s.k_full[k_at.stage]);
-        k_at.next();
-        if (!SharedType::kValuesFirst) values();
-      }
+    for (int first = 0; first < num_far; first += kBlock) {
+      const int32_t* rows = &s.row[buffer][first];
+      const auto values = [&] {
+        ptx::barrier_wait(&s.v_empty[v_at.stage], v_at.parity ^ 1);
+        gather(v, v_stride, s.v[v_at.stage], rows);
+        ptx::copy_async_arrive(&s.v_full[v_at.stage]);
+        v_at.next();
+      };
+      if (SharedType::kValuesFirst) values();
+      ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
+      gather(k, k_stride, s.k[k_at.stage], rows);
+      ptx::copy_async_arrive(&s.k_full[k_at.stage]);
+      k_at.next();
+      if (!SharedType::kValuesFirst) values();
+    }
   }
   __device__ void run(int total_tiles) {
     int done = 0;
@@ -319,7 +321,8 @@ struct Consumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlock / 16; ++step) {
-      const uint32_t a[4] = {probabilities[step * 4], probabilities[step * 4 + 1], probabilities[step * 4 + 2], probabilities[step * 4 + 3]};
+      const uint32_t a[4] = {probabilities[step * 4], probabilities[step * 4 + 1], probabilities[step * 4 + 2],
+                             probabilities[step * 4 + 3]};
       ptx::wgmma_m64n128k16_rs(acc, a, b.at(step * 16 * 128));
     }
     ptx::wgmma_commit();
@@ -364,7 +367,8 @@ struct Consumer {
       a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 1));
       block_max[r] = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2)) * p.scale_log2;
     }
-    const bool moved = __any_sync(0xffffffffu, block_max[0] > reference[0] + kMaxGrowth || block_max[1] > reference[1] + kMaxGrowth);
+    const bool moved =
+        __any_sync(0xffffffffu, block_max[0] > reference[0] + kMaxGrowth || block_max[1] > reference[1] + kMaxGrowth);
     if (moved) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -424,7 +428,8 @@ struct Consumer {
 #pragma unroll
     for (int e = 0; e < 64; ++e) acc[e] = 0;
     const int band_blocks = (t.band_rows + kBlock - 1) / kBlock;
-    const int inner_low = p.window_begin[static_cast<int64_t>(t.b) * p.seqlen_q + t.last], inner_high = p.num_carried + t.first;
+    const int inner_low = p.window_begin[static_cast<int64_t>(t.b) * p.seqlen_q + t.last],
+              inner_high = p.num_carried + t.first;
     const bool full_tile = p.positions_per_tile * p.group == kTile && t.first + p.positions_per_tile <= p.seqlen_q;
 
     const int buffer = done & 1;
@@ -470,14 +475,10 @@ struct Consumer {
       ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
       ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
       if (n >= band_blocks) ptx::fence_proxy_async();
-#ifdef PINGPONG
       asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
-#endif
       issue_scores(scores, s.q[kFar && n >= band_blocks], s.k[k_at.stage]);
       issue_values(probabilities, s.v[v_at.stage]);
-#ifdef PINGPONG
       asm volatile("bar.arrive %0, 256;" ::"r"(3 - warpgroup) : "memory");
-#endif
       ptx::wgmma_wait<1>();
       release(&s.k_empty[k_at.stage]);
       k_at.next();
@@ -508,15 +509,18 @@ struct Consumer {
       const int row = tile_row + 8 * r;
       if (position[r] < 0) continue;
       const int head_q = t.kv * p.group + row % p.group;
-      const float inverse = row_sum[r] > 0 ? 1.0f / row_sum[r] : 0.0f;
+      // A score that is not finite makes tau NaN: so is the row.
+      const float tau_row = p.tau[head * p.seqlen_q + position[r]], poison = tau_row != tau_row ? tau_row : 0.0f;
+      const float inverse = (row_sum[r] > 0 ? 1.0f / row_sum[r] : 0.0f) + poison;
       bf16* out = p.out + t.b * p.o_batch + position[r] * p.o_seq + head_q * p.o_head + (thread & 3) * 2;
 #pragma unroll
       for (int e = 0; e < 64; e += 4) {
-        *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) = ptx::pack_bf16(acc[e + 2 * r] * inverse, acc[e + 2 * r + 1] * inverse);
+        *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) =
+            ptx::pack_bf16(acc[e + 2 * r] * inverse, acc[e + 2 * r + 1] * inverse);
       }
       if ((thread & 3) == 0) {
         p.lse[(static_cast<int64_t>(t.b) * p.num_heads + head_q) * p.seqlen_q + position[r]] =
-            row_sum[r] > 0 ? (reference[r] + log2f(row_sum[r])) * 0.69314718055994531f : -INFINITY;
+            (row_sum[r] > 0 ? (reference[r] + log2f(row_sum[r])) * 0.69314718055994531f : -INFINITY) + poison;
       }
     }
   }
@@ -532,176 +536,29 @@ __global__ void __launch_bounds__(512, 1) attention_fwd_kernel(const __grid_cons
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::registers_decrease<kProducerRegisters>();
-    Loader<Shared<kFar>>{p, s, &p.q_map, &p.q_far_map, kFar ? p.k_far : p.k, static_cast<int>(kFar ? p.kf_seq : p.k_seq) * 2, kFar ? p.kf_batch : p.k_batch, kFar ? p.kf_head : p.k_head, static_cast<int>(threadIdx.x)}.run(total_tiles);
+    Loader<Shared<kFar>>{p,
+                         s,
+                         &p.q_map,
+                         &p.q_far_map,
+                         kFar ? p.k_far : p.k,
+                         static_cast<int>(kFar ? p.kf_seq : p.k_seq) * 2,
+                         kFar ? p.kf_batch : p.k_batch,
+                         kFar ? p.kf_head : p.k_head,
+                         static_cast<int>(threadIdx.x)}
+        .run(total_tiles);
   } else if (warpgroup == 3) {
     ptx::registers_decrease<kProducerRegisters>();
-    if (threadIdx.x < 448) Builder<kSoft, Shared<kFar>>{p, s, static_cast<int>(threadIdx.x / 32) - 12, static_cast<int>(threadIdx.x % 32)}.run(total_tiles);
+    if (threadIdx.x < 448)
+      Builder<kSoft, Shared<kFar>>{p, s, static_cast<int>(threadIdx.x / 32) - 12, static_cast<int>(threadIdx.x % 32)}
+          .run(total_tiles);
   } else {
     ptx::registers_increase<kConsumerRegisters>();
     Consumer<kSoft, kFar> consumer{p, s, warpgroup - 1, static_cast<int>(threadIdx.x % 128)};
-#ifdef PINGPONG
     if (warpgroup == 2) asm volatile("bar.arrive 2, 256;" ::: "memory");
-#endif
     int done = 0;
-    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done) consumer.run_tile(Tile(p, index), done);
+    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done)
+      consumer.run_tile(Tile(p, index), done);
   }
-}
-
-// The far rows that some query of each chunk sees: first those all its queries see at weight 1, then those all see at
-// weights inside (0, 1), then the others; each in row order. One CTA = kLiveRows rows and 32 chunks; pass 0 counts per (chunk, class,
-// CTA), pass 1 writes behind what comes before.
-constexpr int kLiveRows = 1024;
-constexpr int kLiveClasses = 3;
-template <int kPass>
-__global__ void __launch_bounds__(256) live_rows_kernel(const int32_t* far_begin, const int32_t* far_end, const float* scores, const float* tau, int seqlen_q, int seqlen_k, int num_chunks,
-                                                        int num_blocks, int chunk_size, int live_capacity, LiveRow* live, int32_t* counts) {
-  const int64_t head = blockIdx.y;
-  const int block = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  constexpr int kPer = kLiveRows / 256;
-  // The selected rows of this CTA, side by side; a warp then has `per` x 32 consecutive ones.
-  __shared__ LiveRow selected[kLiveRows];
-  __shared__ int selected_count[8];
-  int count = 0;
-  {
-    LiveRow own[kPer];
-    uint32_t votes[kPer];
-    int seen = 0;
-#pragma unroll
-    for (int n = 0; n < kPer; ++n) {
-      const int row = block * kLiveRows + warp * (kPer * 32) + n * 32 + lane;
-      own[n] = {row, 0, 0, 0};
-      if (row < seqlen_k) own[n].begin = far_begin[head * seqlen_k + row], own[n].end = min(far_end[head * seqlen_k + row], seqlen_q);
-      votes[n] = __ballot_sync(0xffffffffu, own[n].end > own[n].begin);
-      seen += __popc(votes[n]);
-    }
-    if (lane == 0) selected_count[warp] = seen;
-    __syncthreads();
-    int to = 0;
-    for (int w = 0; w < 8; ++w) {
-      if (w < warp) to += selected_count[w];
-      count += selected_count[w];
-    }
-#pragma unroll
-    for (int n = 0; n < kPer; ++n) {
-      if (votes[n] >> lane & 1) {
-        own[n].u = scores[head * seqlen_k + own[n].row];
-        selected[to + __popc(votes[n] & ((1u << lane) - 1))] = own[n];
-      }
-      to += __popc(votes[n]);
-    }
-    __syncthreads();
-  }
-  const int per = (count + 255) / 256;
-  int begin[kPer], end[kPer];  // chunks
-  LiveRow entry[kPer];
-#pragma unroll
-  for (int n = 0; n < kPer; ++n) {
-    begin[n] = INT32_MAX;
-    end[n] = 0;
-    const int index = warp * (per * 32) + n * 32 + lane;
-    if (n < per && index < count) {
-      entry[n] = selected[index];
-      begin[n] = entry[n].begin / chunk_size, end[n] = (entry[n].end - 1) / chunk_size + 1;
-    }
-  }
-  __shared__ int low, high, at[kLiveClasses][8][32];
-  __shared__ float tau_first[32], tau_last[32];
-  if (threadIdx.x == 0) low = INT32_MAX, high = 0;
-  __syncthreads();
-  int first = INT32_MAX, last = 0;
-#pragma unroll
-  for (int n = 0; n < kPer; ++n) first = min(first, begin[n]), last = max(last, end[n]);
-  first = __reduce_min_sync(0xffffffffu, first);
-  last = __reduce_max_sync(0xffffffffu, last);
-  if (lane == 0) atomicMin(&low, first), atomicMax(&high, last);
-  const int base = blockIdx.z * 32, chunks = min(32, num_chunks - base);
-  int32_t* count_rows = counts + (head * num_blocks + block) * kLiveClasses * num_chunks;
-  if (threadIdx.x < chunks) {
-    tau_first[threadIdx.x] = tau[head * seqlen_q + (base + threadIdx.x) * chunk_size];
-    tau_last[threadIdx.x] = tau[head * seqlen_q + min((base + static_cast<int>(threadIdx.x) + 1) * chunk_size, seqlen_q) - 1];
-  }
-  __syncthreads();
-  if (low >= base + chunks || high <= base) {
-    if (kPass == 0 && warp < kLiveClasses && lane < chunks) count_rows[warp * num_chunks + base + lane] = 0;
-    return;
-  }
-  const auto class_of = [&](int n, int base, int m) {  // -1: not there
-    const int chunk = base + m;
-    if (begin[n] > chunk || end[n] <= chunk) return -1;
-    if (entry[n].begin > chunk * chunk_size || entry[n].end < min((chunk + 1) * chunk_size, seqlen_q)) return 2;
-    if (entry[n].u - tau_last[m] >= 1.0f) return 0;
-    return entry[n].u - tau_first[m] < 1.0f && entry[n].u - tau_last[m] > 0.0f ? 1 : 2;
-  };
-  {
-    const bool idle = warp * (per * 32) >= count;
-    for (int m = 0; m < chunks; ++m) {
-      int seen[kLiveClasses] = {0, 0, 0};
-      if (idle) {
-        if (lane < kLiveClasses) at[lane][warp][m] = 0;
-        continue;
-      }
-#pragma unroll
-      for (int n = 0; n < kPer; ++n) {
-        if (n >= per) break;
-        const int kind = class_of(n, base, m);
-#pragma unroll
-        for (int c = 0; c < kLiveClasses; ++c) seen[c] += __popc(__ballot_sync(0xffffffffu, kind == c));
-      }
-      if (lane < kLiveClasses) at[lane][warp][m] = lane == 0 ? seen[0] : lane == 1 ? seen[1] : seen[2];
-    }
-    __syncthreads();
-    if (warp < kLiveClasses && lane < chunks) {
-      int32_t* count = count_rows + warp * num_chunks + base + lane;
-      int sum = kPass == 1 ? *count : 0;
-      for (int w = 0; w < 8; ++w) {
-        const int own = at[warp][w][lane];
-        at[warp][w][lane] = sum;
-        sum += own;
-      }
-      if (kPass == 0) *count = sum;
-    }
-    __syncthreads();
-    if (kPass == 1) {
-      for (int m = 0; m < chunks && !idle; ++m) {
-        LiveRow* to = live + (head * num_chunks + base + m) * live_capacity;
-        int seen[kLiveClasses] = {at[0][warp][m], at[1][warp][m], at[2][warp][m]};
-#pragma unroll
-        for (int n = 0; n < kPer; ++n) {
-          if (n >= per) break;
-          const int kind = class_of(n, base, m);
-#pragma unroll
-          for (int c = 0; c < kLiveClasses; ++c) {
-            const uint32_t votes = __ballot_sync(0xffffffffu, kind == c);
-            if (kind == c) to[seen[c] + __popc(votes & ((1u << lane) - 1))] = entry[n];
-            seen[c] += __popc(votes);
-          }
-        }
-      }
-    }
-  }
-}
-// counts become the rows before those; live_count the totals, live_classes where classes 0 and 1 end. One warp per (head, chunk).
-__global__ void __launch_bounds__(256) live_offsets_kernel(int num_chunks, int num_blocks, int32_t* counts, int32_t* live_count, int32_t* live_classes) {
-  const int chunk = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
-  const int64_t head = blockIdx.y;
-  if (chunk >= num_chunks) return;
-  int before = 0;
-  for (int c = 0; c < kLiveClasses; ++c) {
-    for (int base = 0; base < num_blocks; base += 32) {
-      const int block = base + lane;
-      int32_t* at = counts + ((head * num_blocks + block) * kLiveClasses + c) * num_chunks + chunk;
-      const int own = block < num_blocks ? *at : 0;
-      int sum = own;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += other;
-      }
-      if (block < num_blocks) *at = before + sum - own;
-      before += __shfl_sync(0xffffffffu, sum, 31);
-    }
-    if (lane == 0 && c < 2) live_classes[(head * num_chunks + chunk) * 2 + c] = before;
-  }
-  if (lane == 0) live_count[head * num_chunks + chunk] = before;
 }
 
 }  // namespace sparsek::cuda
