@@ -75,7 +75,7 @@ def main():
         print(f"  {name} ...", flush=True)
         results.append(perplexity(text, options))
     table(results)
-    print("\nAnd continues the text, all of it read through the same fixed state:\n", flush=True)
+    print("\nAnd continues the text (generate reads all of it once more, through a state of the same fixed size):\n", flush=True)
     sys.stdout.write("".join(text.read_text().splitlines(keepends=True)[-3:]) + "→ ")
     sys.stdout.flush()
     subprocess.run([PROGRAM, "generate", "--model", "smollm2", "--file", text, "--max-tokens", "64"], check=True)

@@ -143,8 +143,10 @@ def attention(
     """Causal attention over window, sinks and the topk selected keys (eq. 3-9), O(seqlen) in time and memory.
 
     Args:
-        q: [batch, seqlen, num_heads, head_dim]. k, v: [batch, seqlen, num_kv_heads, head_dim].
-        scores: [batch, seqlen, num_kv_heads]; a key's score, finite. Gradients: eq. 10-11.
+        q: [batch, seqlen, num_heads, head_dim]. k, v: [batch, seqlen, num_kv_heads, head_dim]. All float32, bfloat16 or
+            float64; head_dim a multiple of 8 up to 256. Autocast casts them.
+        scores: [batch, seqlen, num_kv_heads], float32 (float64 with float64 q; a scorer under autocast wants
+            `.float()`): a key's score, finite. Gradients: eq. 10-11.
         topk, window_size, num_sinks, pool_size, cu_seqlens: as in `select`.
         gate: "soft" multiplies selected values by their weight, "hard" by 1 (its gradient is the soft one's).
         softmax_scale: None is 1 / sqrt(head_dim).
@@ -152,7 +154,11 @@ def attention(
         deterministic: the same gradient bits every time.
 
     Returns:
-        out like q, and softmax_lse [batch, num_heads, seqlen]. Differentiable once in q, k, v, scores, q_far, k_far.
+        out like q, and softmax_lse [batch, num_heads, seqlen], dtype of scores. Differentiable once in q, k, v, scores,
+        q_far, k_far.
+
+    Raises:
+        ValueError, TypeError: shape, stride or value; dtype. RuntimeError: scores that are not finite (CPU).
     """
     return _ops.attention(
         q,
@@ -218,10 +224,13 @@ def attention_forward(
 
 
 class AttentionState(NamedTuple):
-    """What attention carries from chunk to chunk and token to token, for one layer. Its size never changes,
+    """What attention carries from chunk to chunk and token to token, for one layer (section 6). Its size never changes,
     unless pool_size is 0: then the pool keeps every score.
 
-    Rows of k and v: num_sinks sinks, window_size ring rows (position p at p % window_size), topk slots.
+    Fields: k, v (rows: num_sinks sinks, window_size ring rows with position p at p % window_size, topk slots), ring_k
+    (far rotary only), ring_scores, ring_mass (delayed scores only), slot_scores, slot_positions, pool_scores, stats,
+    lengths (tokens read, per batch row). `_replace(ring_mass=..., stats=...)` puts back what `window_mass_chunk` and
+    `normalise_scores` return.
     """
 
     k: Tensor  # [batch, num_kv_heads, num_sinks + window_size + topk, head_dim]; with far rotary the unrotated keys
@@ -254,10 +263,16 @@ def new_state(
     pool_size: Optional[int] = None,
     far_rotary: bool = False,
     delayed_scores: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
 ) -> AttentionState:
-    """The state before the first token (section 6)."""
+    """The state before the first token (section 6).
+
+    Args:
+        batch, num_kv_heads, head_dim, topk, window_size, num_sinks, pool_size: as the chunks and steps will have them.
+        far_rotary: whether they will come with q_far and k_far. delayed_scores: as in `attention_chunk`.
+        dtype: of q, k and v: float32, bfloat16 or float64; None is torch.get_default_dtype().
+    """
     state = AttentionState(
         *_ops.new_state(
             batch=batch,
@@ -269,7 +284,7 @@ def new_state(
             pool_size=pool_size,
             far_rotary=far_rotary,
             delayed_scores=delayed_scores,
-            dtype=dtype,
+            dtype=torch.get_default_dtype() if dtype is None else dtype,
             device=device,
         )
     )
@@ -402,7 +417,7 @@ def decode_step(
     k_far: Optional[Tensor] = None,
     delayed_scores: bool = False,
 ) -> Tensor:
-    """One token per batch row; changes `state` in place, its lengths and ring_mass included. No gradient.
+    """One token per batch row (eq. 12); changes `state` in place, its lengths and ring_mass included. No gradient.
 
     Args:
         q: [batch, 1, num_heads, head_dim]. k, v: [batch, 1, num_kv_heads, head_dim]. scores: [batch, 1, num_kv_heads],

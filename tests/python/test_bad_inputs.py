@@ -33,7 +33,7 @@ ATTENTION_CASES: dict[str, tuple[Callable, type, str]] = {
     "scores dtype": (
         lambda x, o: setattr(x, "scores", x.scores.bfloat16()),
         TypeError,
-        "scores must be Float (scores are never half precision), got BFloat16",
+        "scores must be Float (scores are never half precision: use scores.float()), got BFloat16",
     ),
     "device": (lambda x, o: setattr(x, "k", x.k.to("meta")), ValueError, "k must be on cpu like q, got meta"),
     "k shape": (

@@ -32,11 +32,11 @@ def test_commands(command: str) -> None:
 
 def test_python_block(tmp_path: pathlib.Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
-        check = "\nassert all(torch.isfinite(t.grad).all() for t in (q, k, v, scores))\n"
-        result = subprocess.run([sys.executable, "-c", block + check], cwd=tmp_path, capture_output=True, timeout=120)
-        assert result.returncode == 0, result.stderr.decode()
+    assert len(blocks) == 2  # the second goes on with the first's tensors
+    check = "\nassert all(torch.isfinite(t.grad).all() for t in (q, k, v, scores))\nassert state.lengths.tolist() == [4097]\n"
+    code = "\n".join(blocks) + check
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr.decode()
 
 
 @pytest.mark.parametrize("name", TEXTS)
