@@ -2,6 +2,7 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <system_error>
@@ -37,11 +38,19 @@ int64_t peak_rss_bytes() {
 std::string resolve_model(const std::string& model) {
   if (model.empty())
     throw_usage("--model: expected a GGUF file, a Hugging Face folder or smollm2, found an empty path");
-  if (model != "smollm2") return model;
+  std::error_code error;
+  if (model != "smollm2") {
+    if (!fs::exists(model, error) && (!error || error == std::errc::no_such_file_or_directory)) {
+      throw_data(
+          "--model {}: expected a GGUF file, a Hugging Face folder or smollm2, found nothing there; nothing is "
+          "downloaded, so give the path of a model that is here",
+          model);
+    }
+    return model;
+  }
   std::vector<fs::path> environments;
   if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) environments.emplace_back(active);
-  environments.push_back(fs::current_path() / ".venv");
-  std::error_code error;
+  environments.push_back(fs::current_path(error) / ".venv");
   for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
        folder = folder.parent_path()) {
     environments.push_back(folder / ".venv");
@@ -49,6 +58,7 @@ std::string resolve_model(const std::string& model) {
   std::string looked;
   for (const fs::path& environment : environments) {
     if (std::string found = model_in(environment); !found.empty()) return found;
+    if (&environment != &*std::find(environments.begin(), environments.end(), environment)) continue;  // named already
     looked += (looked.empty() ? "" : ", ") + environment.string();
   }
   throw_usage(

@@ -42,6 +42,7 @@ PerplexityResult perplexity(const model::Transformer& model, const TokenSource& 
     ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(rows));
     if (on_progress && !on_progress(result.tokens)) {
       result.complete = false;
+      result.tokens += static_cast<int64_t>(ids.size());  // the last row's target: it was predicted, so it is read
       break;
     }
     if (!ids.empty()) source(chunk_size, ids);

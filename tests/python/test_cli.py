@@ -285,6 +285,8 @@ def test_interrupt_ends_cleanly(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
     assert json.loads(out)["complete"] is False and b"interrupted" in err
+    last = json.loads(out)["loss_by_position"][-1]
+    assert last["from"] < last["to"] <= json.loads(out)["tokens"]
 
 
 def test_closed_output_is_an_error():
