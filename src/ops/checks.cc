@@ -111,7 +111,8 @@ void check_attention(const AttentionArguments& arguments) {
                    "q must be Float, BFloat16 or Double, got ", dtype);
   for (const Argument& argument : all) check_dtype(argument, dtype, " like q");
   if (arguments.scores != nullptr) {
-    check_dtype(scores, scores_dtype(dtype), dtype == at::kDouble ? " like q" : " (scores are never half precision: use scores.float())");
+    check_dtype(scores, scores_dtype(dtype),
+                dtype == at::kDouble ? " like q" : " (scores are never half precision: use scores.float())");
   }
 
   for (const Argument& argument : all) check_device(argument, q);
