@@ -50,11 +50,12 @@ BFloat16* normal_bf16(int64_t count, int seed, float deviation) {
 struct Timing {
   float median, least, most;
 };
-Timing time_of(int repeats, const std::function<void()>& call) {
+Timing time_of(int repeats, const std::function<void()>& call, const std::function<void()>& before = [] {}) {
   cudaEvent_t start, stop;
   cudaEventCreate(&start), cudaEventCreate(&stop);
   std::vector<float> times;
   for (int n = 0; n < repeats + 3; ++n) {
+    before();
     cudaEventRecord(start);
     call();
     cudaEventRecord(stop);
@@ -121,10 +122,11 @@ int main(int argc, char** argv) {
   const auto run_select = [&] { cuda::select(select, rows, chunk, select_workspace, nullptr); };
   const auto run_forward = [&] { cuda::attention_forward(fwd, rows.live, nullptr); };
   const Timing t_select = time_of(repeats, run_select), t_forward = time_of(repeats, run_forward),
+               t_behind = time_of(repeats, run_forward, run_select),
                t_both = time_of(repeats, [&] { run_select(), run_forward(); });
-  std::string line = fmt::format("T {} heads {}/{} k {} w {} {}{}: select {} forward {} together {}", seqlen, heads,
-                                 kv_heads, topk, window, rising ? "rising" : "normal", far ? " far" : "",
-                                 text(t_select), text(t_forward), text(t_both));
+  std::string line = fmt::format("T {} heads {}/{} k {} w {} {}{}: select {} forward {}, behind select {}, together {}",
+                                 seqlen, heads, kv_heads, topk, window, rising ? "rising" : "normal", far ? " far" : "",
+                                 text(t_select), text(t_forward), text(t_behind), text(t_both));
   if (backward) {
     params.dout = normal_bf16(q_size, 6, 1), params.dout_strides = fwd.out_strides;
     params.frac_begin = select.frac_begin, params.frac_end = select.frac_end;

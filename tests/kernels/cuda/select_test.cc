@@ -304,6 +304,48 @@ TEST(CudaSelect, EqualsCpuOnLongSequences) {
   }
 }
 
+// A document that ends inside a chunk makes its whole pool entries: more than shared memory holds.
+TEST(CudaSelect, EntriesThatOutgrowSharedMemory) {
+  SKIP_WITHOUT_DEVICE();
+  for (const ScoreKind kind : {ScoreKind::kNormalSmall, ScoreKind::kEqual, ScoreKind::kNormal}) {
+    Spec spec;
+    spec.seqlen = 9000;
+    spec.num_kv_heads = 2;
+    spec.topk = 512;
+    spec.window_size = 64;
+    spec.pool_size = kind == ScoreKind::kNormal ? 0 : 6500;
+    spec.cu_seqlens = {0, 7600, 9000};
+    SCOPED_TRACE(name(kind));
+    expect_equals_cpu(to_f32(make_scores(kind, 1, spec.seqlen, 2, 4)), spec, 1024);
+  }
+}
+
+TEST(CudaSelect, RepeatsAreBitIdentical) {
+  SKIP_WITHOUT_DEVICE();
+  Spec spec;
+  spec.seqlen = 12000;
+  spec.num_kv_heads = 4;
+  spec.topk = 300;
+  spec.window_size = 128;
+  spec.pool_size = 1200;
+  const std::vector<float> scores = to_f32(make_scores(ScoreKind::kNormal, 1, spec.seqlen, 4, 6));
+  Rows first_rows;
+  const SelectResult<float> first = run_select_cuda(scores, spec, 1024, &first_rows);
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    Rows rows;
+    const SelectResult<float> again = run_select_cuda(scores, spec, 1024, &rows);
+    ASSERT_TRUE(again.tau == first.tau && again.expiry == first.expiry && again.frac_begin == first.frac_begin &&
+                again.frac_end == first.frac_end);
+    ASSERT_TRUE(rows.live_count == first_rows.live_count && rows.live_classes == first_rows.live_classes);
+    for (size_t list = 0; list < rows.live_count.size(); ++list) {
+      for (int n = 0; n < rows.live_count[list]; ++n) {
+        const cuda::LiveRow &a = rows.live[list * rows.capacity + n], &b = first_rows.live[list * rows.capacity + n];
+        ASSERT_TRUE(a.row == b.row && a.begin == b.begin && a.end == b.end && a.u == b.u);
+      }
+    }
+  }
+}
+
 TEST(CudaSelect, AMillionPositions) {
   SKIP_WITHOUT_DEVICE();
   Spec spec;

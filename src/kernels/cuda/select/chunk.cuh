@@ -176,7 +176,7 @@ struct Chunk : ChunkWalk {
     merge(e);
     search_boundaries(e);
     __syncthreads();
-    if (t < kIntervals) walk(e);
+    if ((t & 31) < kWalkersPerWarp) walk(e);
     __syncthreads();
     fill_tau();
     write_tau();
