@@ -29,7 +29,7 @@ def main():
     runs = {}
     for length in LENGTHS:
         result = sparsek("perplexity", text(), "--model", "smollm2", "--attention", "sparsek", "--max-tokens", length)
-        runs[length] = {key: result[key] for key in ("tokens", "loss", "tokens_per_second", "state_bytes", "peak_rss_bytes")}
+        runs[length] = {key: result[key] for key in ("tokens", "loss", "state_bytes", "peak_rss_bytes")}
         print(length, runs[length], flush=True)
     short, long = (runs[length] for length in LENGTHS)
     growth = long["peak_rss_bytes"] - short["peak_rss_bytes"]
