@@ -9,7 +9,6 @@
 
 #include <omp.h>
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <nlohmann/json.hpp>
 
@@ -19,6 +18,7 @@
 #include "cli/progress.h"
 #include "cli/report.h"
 #include "cli/source.h"
+#include "cli/stopwatch.h"
 #include "data/quote.h"
 #include "kernels/cpu/simd/dispatch.h"
 #include "model/memory_check.h"
@@ -48,9 +48,9 @@ nlohmann::ordered_json to_json(const Timing& timing) {
 }
 
 double time_ms(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
+  const Stopwatch time;
   work();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return 1e3 * time.seconds();
 }
 
 struct Inputs {

@@ -68,10 +68,9 @@ int run_generate(const GenerateConfig& config) {
   append(ids_before, tokenizer.encode(before, SpecialTokens::kParse));
   append(ids_after, tokenizer.encode(config.prompt, SpecialTokens::kAsText));
   append(ids_after, tokenizer.encode(after, SpecialTokens::kParse));
+  const auto beside_document = static_cast<int64_t>(ids_before.size() + ids_after.size());
   std::optional<int64_t> expected_tokens = document ? document->expected_total() : 0;
-  if (expected_tokens) {
-    *expected_tokens += static_cast<int64_t>(ids_before.size() + ids_after.size()) + config.max_tokens;
-  }
+  if (expected_tokens) *expected_tokens += beside_document + config.max_tokens;
   const model::Transformer model = open_model(config.model, path, expected_tokens);
   tokenizer.check_model_vocab(model.config().vocab_size, path);
 
@@ -80,7 +79,6 @@ int run_generate(const GenerateConfig& config) {
   const Stopwatch read_time;
   {
     Progress progress("reading", "tokens", std::nullopt);
-    const auto others = static_cast<int64_t>(ids_before.size() + ids_after.size());
     // Chunk by chunk, so that Ctrl-C reaches a long prompt as it reaches a document.
     const auto read = [&](std::span<const int32_t> ids) {
       while (!ids.empty() && !interrupted()) {
@@ -88,7 +86,7 @@ int run_generate(const GenerateConfig& config) {
         prompt.push(ids.first(step));
         ids = ids.subspan(step);
         const std::optional<int64_t> total = document ? document->estimated_total() : 0;
-        if (total) progress.set_total(*total + others);
+        if (total) progress.set_total(*total + beside_document);
         progress.update(prompt.tokens());
       }
     };

@@ -49,16 +49,20 @@ std::string resolve_model(const std::string& model) {
     return model;
   }
   std::vector<fs::path> environments;
-  if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) environments.emplace_back(active);
-  environments.push_back(fs::current_path(error) / ".venv");
+  const auto add = [&](const fs::path& environment) {
+    if (std::find(environments.begin(), environments.end(), environment) == environments.end()) {
+      environments.push_back(environment);
+    }
+  };
+  if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) add(active);
+  add(fs::current_path(error) / ".venv");
   for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
        folder = folder.parent_path()) {
-    environments.push_back(folder / ".venv");
+    add(folder / ".venv");
   }
   std::string looked;
   for (const fs::path& environment : environments) {
     if (std::string found = model_in(environment); !found.empty()) return found;
-    if (&environment != &*std::find(environments.begin(), environments.end(), environment)) continue;  // named already
     looked += (looked.empty() ? "" : ", ") + environment.string();
   }
   throw_usage(

@@ -10,6 +10,7 @@
 #include "model/token_ids.h"
 
 namespace sparsek::eval {
+
 PerplexityResult perplexity(const model::Transformer& model, const TokenSource& source, int64_t chunk_size,
                             const std::function<bool(int64_t)>& on_progress) {
   const c10::InferenceMode inference;
