@@ -2,6 +2,8 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <random>
 #include <vector>
 
 #include "kernels/cpu/select/select.h"
@@ -17,6 +19,30 @@ constexpr DType kDType = sizeof(T) == 8 ? DType::kF64 : DType::kF32;
 
 inline Strides contiguous(int64_t seqlen, int64_t heads) {
   return {seqlen * heads, heads, 1};
+}
+
+// Any sizes up to small multiples of max_seqlen; sometimes packed documents of min_document to max_document positions.
+inline reference::Spec random_spec(std::mt19937_64& engine, int64_t max_seqlen, int64_t min_document,
+                                   int64_t max_document) {
+  const auto pick = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(engine);
+  };
+  reference::Spec spec;
+  spec.seqlen = pick(1, max_seqlen);
+  spec.batch = pick(1, 2);
+  spec.num_kv_heads = pick(1, 3);
+  spec.topk = pick(0, 4) ? pick(1, 8) : pick(1, 2 * max_seqlen);
+  spec.window_size = pick(0, 4) ? pick(1, 8) : pick(1, 2 * max_seqlen);
+  spec.num_sinks = pick(0, 1) ? 0 : pick(1, 6);
+  spec.pool_size = pick(0, 1) ? 0 : spec.topk + pick(1, 12);
+  if (pick(0, 2) == 0) {
+    spec.batch = 1;
+    spec.cu_seqlens = {0};
+    while (spec.cu_seqlens.back() < spec.seqlen) {
+      spec.cu_seqlens.push_back(std::min(spec.seqlen, spec.cu_seqlens.back() + pick(min_document, max_document)));
+    }
+  }
+  return spec;
 }
 
 template <class T>
