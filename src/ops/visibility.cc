@@ -55,7 +55,7 @@ Tensors7 visibility_cpu(const Tensor& scores, const Tensor& tau, const Tensor& e
   const Tensor ends = expiry.contiguous(), begins = frac_begin.contiguous(), frac_ends = frac_end.contiguous();
   Tensors7 outputs = allocate(scores);
   auto& [row_scores, row_tau, window_begin, far_begin, far_end, row_frac_begin, row_frac_end] = outputs;
-  cpu::VisibilityParams params{};
+  VisibilityParams params{};
   params.dtype = dtype_of(scores);
   params.scores = scores.const_data_ptr();
   params.tau = tau.const_data_ptr();
@@ -160,7 +160,7 @@ Tensors8 chunk_visibility_cpu(const Tensor& lengths, const Tensor& slot_expiry, 
   check_indices("new_slot_source", new_slot_source, topk);
   Tensors8 outputs = allocate_chunk(lengths, new_slot_source, pool_frac_begin, arrival_expiry, window_size, num_sinks);
   auto& [window_begin, far_begin, far_end, frac_begin, frac_end, is_sink, carried_source, state_source] = outputs;
-  cpu::ChunkVisibilityParams params{};
+  ChunkVisibilityParams params{};
   params.lengths = lengths.const_data_ptr<int64_t>();
   params.slot_expiry = int32_data(slot_expiry);
   params.slot_frac_begin = int32_data(slot_frac_begin);
@@ -213,7 +213,7 @@ Tensors4 window_rows_cpu(const Tensor& q, const MaybeTensor& lengths, const Mayb
   }
   Tensors4 outputs = allocate_window(q, lengths, window_size, num_sinks);
   auto& [window_begin, far_begin, far_end, num_queries] = outputs;
-  cpu::WindowRowsParams params{};
+  WindowRowsParams params{};
   params.lengths = data_or_null<int64_t>(lengths);
   params.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
   params.window_begin = window_begin.data_ptr<int32_t>();

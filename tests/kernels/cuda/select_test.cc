@@ -119,7 +119,7 @@ void expect_rows(const Rows& rows, const SelectResult<float>& result, const std:
   std::vector<float> row_scores(size), row_tau(size);
   std::vector<int32_t> far_begin(size), far_end(size), window_begin(spec.batch * spec.seqlen);
   const std::vector<int32_t> cu_seqlens(spec.cu_seqlens.begin(), spec.cu_seqlens.end());
-  cpu::VisibilityParams params{};
+  VisibilityParams params{};
   params.dtype = DType::kF32;
   params.scores = scores.data();
   params.tau = result.tau.data();

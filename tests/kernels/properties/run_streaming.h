@@ -173,7 +173,7 @@ void StreamingRun<Element>::read_chunk(int64_t chunk, Backward backward) {
   cpu::select_chunk(select);
 
   Poisoned<int64_t> carried_source(units_ * state_rows_), state_source(units_ * state_rows_);
-  cpu::ChunkVisibilityParams rows{};
+  ChunkVisibilityParams rows{};
   rows.lengths = lengths.data();
   rows.slot_expiry = slot_expiry.data();
   rows.slot_frac_begin = slot_frac_begin.data();

@@ -75,7 +75,7 @@ Run run_whole(const Problem& problem, Backward backward = Backward::kNone) {
   Poisoned<Score> row_scores(per_head), row_tau(per_head);
   Poisoned<int32_t> window_begin(tokens), far_begin(per_head), far_end(per_head), row_frac_begin(per_head),
       row_frac_end(per_head);
-  cpu::VisibilityParams rows{};
+  VisibilityParams rows{};
   rows.dtype = select.dtype;
   rows.scores = in.scores.data();
   rows.tau = tau.data();

@@ -37,7 +37,7 @@ Values whole_mass(const Problem& problem, Indices* num_queries) {
   const int64_t tokens = spec.batch * spec.seqlen;
   const std::vector<int32_t> cu_seqlens(spec.cu_seqlens.begin(), spec.cu_seqlens.end());
   Poisoned<int32_t> window_begin(tokens), far_begin(tokens), far_end(tokens), counts(tokens);
-  cpu::WindowRowsParams rows{};
+  WindowRowsParams rows{};
   rows.cu_seqlens = cu_seqlens.empty() ? nullptr : cu_seqlens.data();
   rows.window_begin = window_begin.data();
   rows.far_begin = far_begin.data();
@@ -98,7 +98,7 @@ Values chunked_mass(const Problem& problem, const Indices& sizes) {
     const std::vector<int64_t> lengths(spec.batch, length);
     Poisoned<int32_t> window_begin(spec.batch * chunk), far_begin(spec.batch * num_rows),
         far_end(spec.batch * num_rows);
-    cpu::WindowRowsParams rows{};
+    WindowRowsParams rows{};
     rows.lengths = lengths.data();
     rows.window_begin = window_begin.data();
     rows.far_begin = far_begin.data();

@@ -231,7 +231,7 @@ TEST(Visibility, RowsAreTheReferenceSets) {
     Poisoned<int32_t> window_begin(spec.batch * spec.seqlen), far_begin(size), far_end(size), frac_begin(size),
         frac_end(size);
     const std::vector<int32_t> cu_seqlens(spec.cu_seqlens.begin(), spec.cu_seqlens.end());
-    cpu::VisibilityParams params{};
+    VisibilityParams params{};
     params.dtype = DType::kF32;
     params.scores = scores.data();
     params.tau = selected.tau.data();
@@ -289,7 +289,7 @@ TEST(Visibility, FractionsAreClippedToTheSequence) {
   const std::vector<float> scores(4, 0.0f);
   const std::vector<int32_t> expiry(4, 4), begins{kLow, -1, 2, 5}, ends{kHigh, 5, 3, kHigh};
   Poisoned<int32_t> frac_begin(4), frac_end(4);
-  cpu::VisibilityParams params{};
+  VisibilityParams params{};
   params.dtype = DType::kF32;
   params.scores = params.tau = scores.data();
   params.expiry = expiry.data();
