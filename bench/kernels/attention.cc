@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "base/bf16.h"
+#include "kernels/cuda/attention.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select/select.h"
-#include "kernels/cuda/sm90/attention.h"
 
 using namespace sparsek;
 
@@ -101,6 +101,7 @@ int main(int argc, char** argv) {
   select.window_size = window, select.pool_size = std::max(4 * topk, 1024);
   cuda::SelectRows rows{device<float>(size), device<int32_t>(size), device<int32_t>(size), device<int32_t>(seqlen), {}};
   rows.live.capacity = std::min(seqlen, topk + chunk);
+  rows.live.max_far = topk;
   rows.live.rows = device<cuda::LiveRow>(int64_t{kv_heads} * num_chunks * rows.live.capacity);
   rows.live.count = device<int32_t>(kv_heads * num_chunks),
   rows.live.classes = device<int32_t>(2 * kv_heads * num_chunks);

@@ -17,7 +17,8 @@ struct LiveLists {
   LiveRow* rows;     // [batch * num_kv_heads, num_chunks, capacity]
   int32_t* count;    // [batch * num_kv_heads, num_chunks]
   int32_t* classes;  // [batch * num_kv_heads, num_chunks, 2] where the first and the second kind end
-  int32_t capacity;  // at least topk + num_sinks + chunk
+  int32_t capacity;  // at least topk + num_sinks + chunk, or seqlen_k where that is less
+  int32_t max_far;   // the most far rows that one query sees: topk + num_sinks, not cut off at seqlen_k
 };
 
 }  // namespace sparsek::cuda

@@ -1,6 +1,6 @@
 // Selection, forward, backward and score gradient on Hopper, against kernels/reference: documents, batches, groups,
 // sinks, far rotary, both gates, dlse, carried rows.
-#include "kernels/cuda/sm90/attention.h"
+#include "kernels/cuda/attention.h"
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -106,7 +106,8 @@ void run(const Case& c) {
   select.topk = static_cast<int32_t>(spec.topk), select.window_size = static_cast<int32_t>(spec.window_size),
   select.num_sinks = static_cast<int32_t>(spec.num_sinks);
   select.pool_size = static_cast<int32_t>(spec.pool_size);
-  cuda::LiveLists live{live_rows.data(), live_count.data(), live_classes.data(), capacity};
+  const auto max_far = static_cast<int32_t>(spec.topk + spec.num_sinks);
+  cuda::LiveLists live{live_rows.data(), live_count.data(), live_classes.data(), capacity, max_far};
   {
     const DeviceArray<uint8_t> workspace(cuda::select_workspace_bytes(select, chunk));
     cuda::select(select, {row_scores.data(), far_begin.data(), far_end.data(), window_begin.data(), live}, chunk,
@@ -171,7 +172,7 @@ void run(const Case& c) {
   const DeviceArray<BFloat16> out(batch * queries * row_size), dq(batch * queries * row_size),
       dq_far(c.far ? batch * queries * row_size : 0);
   const DeviceArray<BFloat16> dk(k_size), dv(k_size), dk_far(c.far ? k_size : 0);
-  live = {d_lists.data(), d_counts.data(), d_classes.data(), capacity};
+  live = {d_lists.data(), d_counts.data(), d_classes.data(), capacity, max_far};
 
   AttentionBwdParams params{};
   AttentionFwdParams& fwd = params.fwd;

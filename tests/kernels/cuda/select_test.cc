@@ -67,7 +67,7 @@ SelectResult<float> run_select_cuda(const std::vector<float>& scores, const Spec
               far_begin.data(),
               far_end.data(),
               window_begin.data(),
-              {live.data(), count.data(), classes.data(), capacity}};
+              {live.data(), count.data(), classes.data(), capacity, static_cast<int32_t>(spec.topk + spec.num_sinks)}};
   }
   cuda::select(params, wanted, chunk, workspace.data(), nullptr);
   cuda::check_cuda(cudaDeviceSynchronize(), "select");

@@ -177,10 +177,17 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 // f(x) = sum clamp(u - x, 0, 1): keys with f(u) < k have u > tau, keys with f(u - 1) < k have u - 1 > tau (at a flat
 // root tau is its right end).
 constexpr int kThresholdThreads = 512, kPrefixes = 4096;
+struct ThresholdShared {  // more than the 48 KB that sm_80 gives without asking
+  double prefix_gapped[kPrefixes + kPrefixes / 8 + 1];  // gaps against bank conflicts
+  double warp_sum[kThresholdThreads / 32];
+  float head_gapped[kPrefixes + kPrefixes / 8];
+};
 __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __grid_constant__ Problem p) {
-  __shared__ double prefix_gapped[kPrefixes + kPrefixes / 8 + 1];  // gaps against bank conflicts
-  __shared__ float head_gapped[kPrefixes + kPrefixes / 8];
-  __shared__ double warp_sum[kThresholdThreads / 32];
+  extern __shared__ __align__(16) uint8_t threshold_memory[];
+  auto& shared = *reinterpret_cast<ThresholdShared*>(threshold_memory);
+  auto& prefix_gapped = shared.prefix_gapped;
+  auto& head_gapped = shared.head_gapped;
+  auto& warp_sum = shared.warp_sum;
   const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
   const int64_t slot = p.slot(lane, c);
   const PoolState state = p.states[final_buffer(c)][slot];

@@ -73,7 +73,11 @@ void select(const SelectParams& params, const SelectRows& rows, int chunk, void*
                             std::clamp((p.num_chunks & ((2 << level) - 1)) - (1 << level), 0, 1 << level);
     selection::merge_kernel<<<dim3(merges, tiles, lanes), selection::kMergeThreads, 0, stream>>>(p, level);
   }
-  selection::threshold_kernel<<<dim3(chunks, lanes), selection::kThresholdThreads, 0, stream>>>(p);
+  constexpr int kThresholdBytes = sizeof(selection::ThresholdShared);
+  check_cuda(
+      cudaFuncSetAttribute(selection::threshold_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kThresholdBytes),
+      "cudaFuncSetAttribute");
+  selection::threshold_kernel<<<dim3(chunks, lanes), selection::kThresholdThreads, kThresholdBytes, stream>>>(p);
   constexpr int kSharedBytes = sizeof(selection::ChunkShared) + selection::kSharedEntries * selection::kEntryBytes;
   check_cuda(cudaFuncSetAttribute(selection::chunk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
              "cudaFuncSetAttribute");

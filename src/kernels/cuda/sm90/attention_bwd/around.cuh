@@ -2,7 +2,7 @@
 #pragma once
 #include "kernels/cuda/sm90/attention_bwd/kernel.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 // --- before: row data, items
 
@@ -142,4 +142,4 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

@@ -3,7 +3,7 @@
 #pragma once
 #include "kernels/cuda/sm90/attention_bwd/kernel.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 struct DqParams {
   FwdParams fwd;              // out and lse are not read
@@ -241,4 +241,4 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_dq_kernel(const __grid_c
   }
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

@@ -11,7 +11,7 @@
 #pragma once
 #include "kernels/cuda/sm90/attention_fwd/kernel.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 constexpr int kStep = 64;
 constexpr int kStepBytes = kStep * kHeadDim * 2;
@@ -584,4 +584,4 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_kernel(const __grid_cons
   }
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

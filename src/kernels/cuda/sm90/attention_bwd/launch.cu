@@ -8,7 +8,7 @@
 #include "kernels/cuda/sm90/attention_fwd/describe.cuh"
 #include "kernels/cuda/workspace.h"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 namespace {
 
 struct Work {
@@ -155,4 +155,4 @@ void attention_backward(const AttentionBwdParams& params, const LiveLists& live,
   check_cuda(cudaGetLastError(), "attention_backward");
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

@@ -4,7 +4,7 @@
 #include "kernels/cuda/sm90/attention.h"
 #include "kernels/cuda/sm90/attention_fwd/kernel.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 // Boxes of `rows` x `heads` x 64 elements of a [batch, seq, heads, 128] tensor; dimensions in the order 128, heads,
 // seq, batch, or with `rows_first` 128, seq, heads, batch.
@@ -88,4 +88,4 @@ void launch_with_shared(Kernel kernel, int ctas, int threads, size_t shared_byte
   kernel<<<ctas, threads, shared_bytes, stream>>>(params);
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

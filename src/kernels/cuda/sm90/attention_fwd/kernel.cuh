@@ -10,7 +10,7 @@
 #include "kernels/cuda/live_rows.h"
 #include "kernels/cuda/ptx/instructions.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 using bf16 = __nv_bfloat16;
 
@@ -561,4 +561,4 @@ __global__ void __launch_bounds__(512, 1) attention_fwd_kernel(const __grid_cons
   }
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

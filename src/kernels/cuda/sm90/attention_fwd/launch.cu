@@ -2,7 +2,7 @@
 
 #include "kernels/cuda/sm90/attention_fwd/describe.cuh"
 
-namespace sparsek::cuda {
+namespace sparsek::cuda::sm90 {
 
 int attention_chunk(int group) {
   const int tile = positions_per_tile(group);
@@ -12,6 +12,24 @@ int attention_chunk(int group) {
 int attention_max_far(int group, bool forward_only) {
   return (forward_only ? Shared<false>::kMaxUnion : Shared<true>::kMaxUnion) / kBlock * kBlock -
          positions_per_tile(group);
+}
+
+namespace {
+bool serves(const AttentionFwdParams& params, const LiveLists& live, bool forward_only) {
+  const int group = params.num_heads / params.num_kv_heads;
+  return params.dtype == DType::kBF16 && params.head_dim == kHeadDim && group <= 64 &&
+         live.max_far <= attention_max_far(group, forward_only);
+}
+}  // namespace
+
+bool serves_forward(const AttentionFwdParams& params, const LiveLists& live) {
+  return serves(params, live, params.q_far == nullptr);
+}
+
+bool serves_backward(const AttentionBwdParams& params, const LiveLists& live) {
+  const Strides &out = params.fwd.out_strides, &dout = params.dout_strides;
+  return serves(params.fwd, live, false) && !params.deterministic && out.batch == dout.batch && out.seq == dout.seq &&
+         out.head == dout.head;
 }
 
 void attention_forward(const AttentionFwdParams& params, const LiveLists& live, cudaStream_t stream) {
@@ -29,4 +47,4 @@ void attention_forward(const AttentionFwdParams& params, const LiveLists& live, 
   check_cuda(cudaGetLastError(), "attention_forward");
 }
 
-}  // namespace sparsek::cuda
+}  // namespace sparsek::cuda::sm90

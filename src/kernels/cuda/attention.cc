@@ -1,0 +1,87 @@
+#include "kernels/cuda/attention.h"
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/sm90/attention.h"
+
+namespace sparsek::cuda {
+namespace {
+
+// 10 * major + minor of the current device, asked for once per device.
+int compute_capability() {
+  static std::array<std::atomic<int>, 64> known{};
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<int>* const place = device < std::ssize(known) ? &known[device] : nullptr;
+  if (place != nullptr && place->load(std::memory_order_relaxed) > 0) return place->load(std::memory_order_relaxed);
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  const int capability = 10 * major + minor;
+  if (place != nullptr) place->store(capability, std::memory_order_relaxed);
+  return capability;
+}
+
+}  // namespace
+
+const char* name(KernelSet set) {
+  return set == KernelSet::kSm90 ? "sm90" : "portable";
+}
+
+const char* attention_unsupported(DType dtype, int head_dim, int num_heads, int num_kv_heads) {
+  if (compute_capability() != 90) return "a device of compute capability 9.0";
+  if (dtype != DType::kBF16) return "dtype bfloat16";
+  if (head_dim != 128) return "head_dim 128";
+  if (num_heads > 64 * num_kv_heads) return "at most 64 query heads per key/value head";
+  return nullptr;
+}
+
+KernelSet attention_kernel_set(const AttentionFwdParams& params, const LiveLists& live, KernelChoice choice) {
+  const bool sm90 = choice == KernelChoice::kAutomatic && compute_capability() == 90;
+  return sm90 && sm90::serves_forward(params, live) ? KernelSet::kSm90 : KernelSet::kPortable;
+}
+
+KernelSet attention_backward_kernel_set(const AttentionBwdParams& params, const LiveLists& live, KernelChoice choice) {
+  const bool sm90 = choice == KernelChoice::kAutomatic && compute_capability() == 90;
+  return sm90 && sm90::serves_backward(params, live) ? KernelSet::kSm90 : KernelSet::kPortable;
+}
+
+int attention_chunk(int group) {
+  return sm90::attention_chunk(group);
+}
+
+int attention_max_far(KernelSet set, int group, bool forward_only) {
+  return set == KernelSet::kSm90 ? sm90::attention_max_far(group, forward_only) : INT32_MAX;
+}
+
+void attention_forward(const AttentionFwdParams& params, const LiveLists& live, cudaStream_t stream,
+                       KernelChoice choice) {
+  if (attention_kernel_set(params, live, choice) == KernelSet::kSm90) {
+    sm90::attention_forward(params, live, stream);
+  } else {
+    throw std::runtime_error("CUDA: the portable kernels are not written yet");
+  }
+}
+
+int64_t attention_backward_workspace_bytes(const AttentionBwdParams& params, const LiveLists& live,
+                                           KernelChoice choice) {
+  if (attention_backward_kernel_set(params, live, choice) == KernelSet::kSm90) {
+    return sm90::attention_backward_workspace_bytes(params, live);
+  }
+  throw std::runtime_error("CUDA: the portable kernels are not written yet");
+}
+
+void attention_backward(const AttentionBwdParams& params, const LiveLists& live, void* workspace, cudaStream_t stream,
+                        KernelChoice choice) {
+  if (attention_backward_kernel_set(params, live, choice) == KernelSet::kSm90) {
+    sm90::attention_backward(params, live, workspace, stream);
+  } else {
+    throw std::runtime_error("CUDA: the portable kernels are not written yet");
+  }
+}
+
+}  // namespace sparsek::cuda
