@@ -4,11 +4,12 @@ SECONDS_EACH ?= 60
 PYTHON := .venv/bin/python
 BUILD := build/release
 
-.PHONY: help setup build demo test bench bench-peers fuzz format format-check tidy wheel clean
+.PHONY: help setup build cuda demo test bench bench-peers fuzz format format-check tidy wheel clean
 help:
 	@echo "make demo     set up, build, then SmolLM2 reads a long text with SparseK attention (under 10 minutes on 2 cores)"
 	@echo "make test     set up, build, then every test (under 30 minutes on 2 cores)"
 	@echo "make build    the program ($(BUILD)/sparsek) and the Python package's library"
+	@echo "make cuda     the CUDA kernels with their check and timing programs, in build/cuda (no GPU needed to build)"
 	@echo "make bench    benchmarks into bench/results/ · bench-peers: the same beside llama.cpp (builds it: 10 minutes)"
 	@echo "make fuzz     each fuzz target for SECONDS_EACH=60 · make tidy [FILES=...] · make format · make wheel · make setup"
 
@@ -24,13 +25,19 @@ build:
 	@$(MAKE) --no-print-directory $(BUILD)/build.ninja
 	@ninja -C $(BUILD) -j $(JOBS)
 
+cuda:
+	@scripts/setup.sh cuda
+	@mkdir -p build
+	@cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	@ninja -C build/cuda -j $(JOBS) cuda_test bench_attention
+
 demo:
 	@scripts/setup.sh build demo
 	@$(MAKE) --no-print-directory build
 	@$(PYTHON) scripts/demo.py
 
 test:
-	@scripts/setup.sh build demo test
+	@scripts/setup.sh build demo test cuda
 	@$(MAKE) --no-print-directory build
 	@scripts/test.sh
 

