@@ -14,8 +14,9 @@ RESULTS = ROOT / "bench/results"
 def environment():
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
     git = lambda *args: subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True).stdout.strip()
+    unpacked = ROOT / "COMMIT"  # written where the sources travel without their history (scripts/bundle.sh)
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "commit": unpacked.read_text().strip() if unpacked.exists() else git("rev-parse", "--short=12", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")),
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
@@ -31,11 +32,12 @@ def sparsek(*arguments):
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
 
-def save(name, command, results):
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name, command, results, output=None):
+    """Writes bench/results/NAME.json, or the file `output`."""
+    path = pathlib.Path(output) if output else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "environment": environment(), **results}, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    print(f"wrote {path}")
 
 
 def loss_from(result, begin):
