@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what a build, the demo or the tests need, skips what is there, and says what it installs.
-#   scripts/setup.sh build|demo|test|cuda|format|tidy...      (several may be given; demo, test, cuda and tidy include build)
+#   scripts/setup.sh build|demo|test|cuda|bench|format|tidy...      (several may be given; all but format include build)
 # Debian 12 or Ubuntu 24.04. System packages as root or through sudo; Python packages into ./.venv.
 # TORCH_INDEX_URL: take torch from this index, e.g. https://download.pytorch.org/whl/cpu for the build without CUDA.
 set -euo pipefail
@@ -23,9 +23,10 @@ for what in "$@"; do
     cuda) build; cuda=1  # a compiler and disassembler of their own: what they make does not depend on what is installed here
           python+=(nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
                    nvidia-cuda-cccl==13.0.85 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37) ;;
+    bench) build; python+=(matplotlib==3.11.2) ;;
     format) system+=(clang-format-19) ;;
     tidy) build; system+=(clang-tidy-19 libomp-19-dev) ;;
-    *) echo "setup: wanted build, demo, test, cuda, format or tidy, found '$what'" >&2; exit 2 ;;
+    *) echo "setup: wanted build, demo, test, cuda, bench, format or tidy, found '$what'" >&2; exit 2 ;;
   esac
 done
 
