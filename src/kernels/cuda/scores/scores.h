@@ -25,4 +25,9 @@ void score_gradient(const ScoreGradientParams& params, void* workspace, cudaStre
 int64_t normalise_scores_workspace_bytes(const NormaliseParams& params);
 void normalise_scores(const NormaliseParams& params, void* workspace, cudaStream_t stream);
 
+// Gradients through the running statistics, in double, as on the CPU: fwd's outputs are not read. Bit-identical from
+// run to run. The workspace may hold anything.
+int64_t normalise_scores_backward_workspace_bytes(const NormaliseBwdParams& params);
+void normalise_scores_backward(const NormaliseBwdParams& params, void* workspace, cudaStream_t stream);
+
 }  // namespace sparsek::cuda
