@@ -196,11 +196,13 @@ def attention_forward(
     k_far: Optional[Tensor] = None,
     cu_seqlens: Optional[Tensor] = None,
     deterministic: bool = False,
+    topk: Optional[int] = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with a selection that `select` made, which activation checkpointing can keep (eq. 7-9).
 
     Args:
         tau, expiry, frac_begin, frac_end: what `select` returned for the same scores, window_size and num_sinks.
+        topk: the selection's, which a GPU must be told.
         The rest: as in `attention`.
     """
     return _ops.attention_forward(
@@ -220,6 +222,7 @@ def attention_forward(
         k_far=k_far,
         cu_seqlens=cu_seqlens,
         deterministic=deterministic,
+        topk=topk,
     )
 
 

@@ -83,7 +83,7 @@ Tensors10 attention_chunk_composite(const Tensor& q, const Tensor& k, const Tens
   const auto [out, softmax_lse] = call_attention_rows(
       q, rows_k, rows_v, q_far, far ? MaybeTensor(rows_far) : MaybeTensor(), at::cat({pool_scores, key_scores}, 2), tau,
       window_begin, far_begin, far_end, frac_begin, frac_end, gate, scale_or_default(softmax_scale, q),
-      deterministic || at::globalContext().deterministicAlgorithms());
+      deterministic || at::globalContext().deterministicAlgorithms(), topk + num_sinks, {});
 
   const Tensor new_k = take_rows(far ? rows_far : rows_k, state_source);
   const Tensor new_ring_k = far ? take_rows(rows_k, state_source.slice(2, num_sinks, num_sinks + window_size))

@@ -134,7 +134,8 @@ Tensors2 attention_rows_cpu(const Tensor& q, const Tensor& k, const Tensor& v, c
                             const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                             const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                             const Tensor& frac_begin, const Tensor& frac_end, std::string_view gate,
-                            double softmax_scale, bool deterministic) {
+                            double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                            const MaybeTensor& far_lists) {
   const Rows rows{q,         k,       v,          q_far,    k_far, row_scores,   tau, window_begin,
                   far_begin, far_end, frac_begin, frac_end, gate,  softmax_scale};
   check(rows);
@@ -149,7 +150,8 @@ Tensors2 attention_rows_meta(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                              const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                              const Tensor& frac_begin, const Tensor& frac_end, std::string_view gate,
-                             double softmax_scale, bool deterministic) {
+                             double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                             const MaybeTensor& far_lists) {
   return allocate_outputs(q);
 }
 
@@ -163,7 +165,8 @@ Tensors6 backward_cpu(const Tensor& dout, const MaybeTensor& dlse, const Tensor&
                       const MaybeTensor& q_far, const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                       const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                       const Tensor& frac_begin, const Tensor& frac_end, const Tensor& out, const Tensor& softmax_lse,
-                      std::string_view gate, double softmax_scale, bool deterministic) {
+                      std::string_view gate, double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                      const MaybeTensor& far_lists) {
   const Rows rows{q,         k,       v,          q_far,    k_far, row_scores,   tau, window_begin,
                   far_begin, far_end, frac_begin, frac_end, gate,  softmax_scale};
   check(rows);
@@ -210,16 +213,18 @@ Tensors6 backward_meta(const Tensor& dout, const MaybeTensor& dlse, const Tensor
                        const MaybeTensor& q_far, const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                        const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                        const Tensor& frac_begin, const Tensor& frac_end, const Tensor& out, const Tensor& softmax_lse,
-                       std::string_view gate, double softmax_scale, bool deterministic) {
+                       std::string_view gate, double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                       const MaybeTensor& far_lists) {
   return allocate_gradients(q, k, given(q_far), row_scores);
 }
 
 Tensors6 call_backward(const Tensor& dout, const MaybeTensor& dlse, const Rows& rows, const Tensor& out,
-                       const Tensor& softmax_lse, bool deterministic) {
+                       const Tensor& softmax_lse, bool deterministic, std::optional<int64_t> max_far,
+                       const MaybeTensor& far_lists) {
   static const auto operation = find_operation<decltype(backward_cpu)>("sparsek::attention_backward");
   return operation.call(dout, dlse, rows.q, rows.k, rows.v, rows.q_far, rows.k_far, rows.row_scores, rows.tau,
                         rows.window_begin, rows.far_begin, rows.far_end, rows.frac_begin, rows.frac_end, out,
-                        softmax_lse, rows.gate, rows.softmax_scale, deterministic);
+                        softmax_lse, rows.gate, rows.softmax_scale, deterministic, max_far, far_lists);
 }
 
 Tensors6 backward_autograd(const Tensor& dout, const MaybeTensor& dlse, const Tensor& q, const Tensor& k,
@@ -227,7 +232,8 @@ Tensors6 backward_autograd(const Tensor& dout, const MaybeTensor& dlse, const Te
                            const Tensor& row_scores, const Tensor& tau, const Tensor& window_begin,
                            const Tensor& far_begin, const Tensor& far_end, const Tensor& frac_begin,
                            const Tensor& frac_end, const Tensor& out, const Tensor& softmax_lse, std::string_view gate,
-                           double softmax_scale, bool deterministic) {
+                           double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                           const MaybeTensor& far_lists) {
   const Rows rows{q,         k,       v,          q_far,    k_far, row_scores,   tau, window_begin,
                   far_begin, far_end, frac_begin, frac_end, gate,  softmax_scale};
   std::vector<Tensor> differentiable = {dout, q, k, v, row_scores, out, softmax_lse};
@@ -237,7 +243,7 @@ Tensors6 backward_autograd(const Tensor& dout, const MaybeTensor& dlse, const Te
   const variable_list g =
       RefuseSecondDerivative::apply(at::TensorList(differentiable), "attention_backward", [&]() -> variable_list {
         const auto [dq, dk, dv, dq_far, dk_far, dscores] =
-            call_backward(dout, dlse, rows, out, softmax_lse, deterministic);
+            call_backward(dout, dlse, rows, out, softmax_lse, deterministic, max_far, far_lists);
         return {dq, dk, dv, dq_far, dk_far, dscores};
       });
   return {g[0], g[1], g[2], g[3], g[4], g[5]};
@@ -248,17 +254,19 @@ struct AttentionRowsFunction : torch::autograd::Function<AttentionRowsFunction> 
                                const MaybeTensor& q_far, const MaybeTensor& k_far, const Tensor& row_scores,
                                const Tensor& tau, const Tensor& window_begin, const Tensor& far_begin,
                                const Tensor& far_end, const Tensor& frac_begin, const Tensor& frac_end,
-                               const std::string& gate, double softmax_scale, bool deterministic) {
+                               const std::string& gate, double softmax_scale, bool deterministic,
+                               std::optional<int64_t> max_far, const MaybeTensor& far_lists) {
     ctx->set_materialize_grads(false);
     const BelowAutograd below;
     const auto [out, softmax_lse] =
         call_attention_rows(q, k, v, q_far, k_far, row_scores, tau, window_begin, far_begin, far_end, frac_begin,
-                            frac_end, gate, softmax_scale, deterministic);
+                            frac_end, gate, softmax_scale, deterministic, max_far, far_lists);
     ctx->save_for_backward({q, k, v, q_far.value_or(Tensor()), k_far.value_or(Tensor()), row_scores, tau, window_begin,
-                            far_begin, far_end, frac_begin, frac_end, out, softmax_lse});
+                            far_begin, far_end, frac_begin, frac_end, out, softmax_lse, far_lists.value_or(Tensor())});
     ctx->saved_data["gate"] = gate;
     ctx->saved_data["softmax_scale"] = softmax_scale;
     ctx->saved_data["deterministic"] = deterministic;
+    ctx->saved_data["max_far"] = max_far;
     return {out, softmax_lse};
   }
 
@@ -273,9 +281,11 @@ struct AttentionRowsFunction : torch::autograd::Function<AttentionRowsFunction> 
     const Tensor& out = saved[12];
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
     const auto [dq, dk, dv, dq_far, dk_far, dscores] =
-        call_backward(dout, dlse, rows, out, saved[13], ctx->saved_data["deterministic"].toBool());
+        call_backward(dout, dlse, rows, out, saved[13], ctx->saved_data["deterministic"].toBool(),
+                      ctx->saved_data["max_far"].toOptional<int64_t>(), maybe(saved[14]));
     const bool far = q_far.has_value();
-    return {dq, dk, dv, far ? dq_far : Tensor(), far ? dk_far : Tensor(), dscores, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    return {dq, dk, dv, far ? dq_far : Tensor(), far ? dk_far : Tensor(), dscores, {}, {}, {}, {}, {}, {}, {}, {},
+            {}, {}, {}};
   }
 };
 
@@ -283,10 +293,11 @@ Tensors2 attention_rows_autograd(const Tensor& q, const Tensor& k, const Tensor&
                                  const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                                  const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                                  const Tensor& frac_begin, const Tensor& frac_end, std::string_view gate,
-                                 double softmax_scale, bool deterministic) {
+                                 double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                                 const MaybeTensor& far_lists) {
   const variable_list out =
       AttentionRowsFunction::apply(q, k, v, q_far, k_far, row_scores, tau, window_begin, far_begin, far_end, frac_begin,
-                                   frac_end, std::string(gate), softmax_scale, deterministic);
+                                   frac_end, std::string(gate), softmax_scale, deterministic, max_far, far_lists);
   return {out[0], out[1]};
 }
 
@@ -296,10 +307,11 @@ Tensors2 call_attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                              const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                              const Tensor& frac_begin, const Tensor& frac_end, std::string_view gate,
-                             double softmax_scale, bool deterministic) {
+                             double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                             const MaybeTensor& far_lists) {
   static const auto operation = find_operation<decltype(attention_rows_cpu)>("sparsek::_attention_rows");
   return operation.call(q, k, v, q_far, k_far, row_scores, tau, window_begin, far_begin, far_end, frac_begin, frac_end,
-                        gate, softmax_scale, deterministic);
+                        gate, softmax_scale, deterministic, max_far, far_lists);
 }
 
 TORCH_LIBRARY_IMPL(sparsek, CPU, m) {

@@ -12,6 +12,7 @@ namespace sparsek::ops {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxGroup = 64;                 // of query heads that share a KV head, on a GPU
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // sums of two lengths stay inside 32 bits
 
 int64_t as_int(const c10::SymInt& value) {
@@ -107,8 +108,12 @@ void check_attention(const AttentionArguments& arguments) {
   if (arguments.scores != nullptr) check_ndim(scores, 3);
 
   const at::ScalarType dtype = q.tensor.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble,
-                   "q must be Float, BFloat16 or Double, got ", dtype);
+  if (q.tensor.is_cuda()) {
+    TORCH_CHECK_TYPE(dtype == at::kBFloat16 || dtype == at::kHalf, "q must be BFloat16 or Half on a GPU, got ", dtype);
+  } else {
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble,
+                     "q must be Float, BFloat16 or Double, got ", dtype);
+  }
   for (const Argument& argument : all) check_dtype(argument, dtype, " like q");
   if (arguments.scores != nullptr) {
     check_dtype(scores, scores_dtype(dtype),
@@ -133,8 +138,14 @@ void check_attention(const AttentionArguments& arguments) {
   const int64_t heads = as_int(num_heads), kv_heads = as_int(num_kv_heads), dim = as_int(head_dim);
   TORCH_CHECK_VALUE(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0,
                     "num_heads must be a multiple of num_kv_heads, got ", heads, " and ", kv_heads);
-  TORCH_CHECK_VALUE(dim >= 8 && dim <= kMaxHeadDim && dim % 8 == 0, "head_dim must be a multiple of 8 up to ",
-                    kMaxHeadDim, ", got ", dim);
+  if (q.tensor.is_cuda()) {
+    TORCH_CHECK_VALUE(dim == 64 || dim == 128, "head_dim must be 64 or 128 on a GPU, got ", dim);
+    TORCH_CHECK_VALUE(heads / kv_heads <= kMaxGroup, "num_heads must be at most ", kMaxGroup,
+                      " times num_kv_heads on a GPU, got ", heads, " and ", kv_heads);
+  } else {
+    TORCH_CHECK_VALUE(dim >= 8 && dim <= kMaxHeadDim && dim % 8 == 0, "head_dim must be a multiple of 8 up to ",
+                      kMaxHeadDim, ", got ", dim);
+  }
   check_far_pair(arguments.q_far, arguments.k_far);
 }
 
@@ -154,7 +165,7 @@ void check_cu_seqlens(const MaybeTensor& cu_seqlens, const char* name, const Ten
   const Argument argument{"cu_seqlens", *cu_seqlens, "[num_documents + 1]"};
   check_ndim(argument, 1);
   check_dtype(argument, at::kInt, "");
-  check_device(argument, {name, like, ""});
+  if (!cu_seqlens->is_cpu()) check_device(argument, {name, like, ""});
   TORCH_CHECK_VALUE(cu_seqlens->sym_size(0) >= 2,
                     "cu_seqlens must be [num_documents + 1] with at least one document, got ", cu_seqlens->sym_sizes());
   check_inner_contiguous(argument);

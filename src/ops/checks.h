@@ -53,7 +53,11 @@ struct AttentionArguments {
 void check_attention(const AttentionArguments& arguments);
 // [batch, seqlen, num_kv_heads] scores of any length.
 void check_scores(const char* name, const Tensor& scores);
+// On the CPU or on the device of `like`.
 void check_cu_seqlens(const MaybeTensor& cu_seqlens, const char* name, const Tensor& like);
+// The same documents on the device of `like`. What comes from the CPU is checked, and copied where `like` is not there,
+// which waits for the stream; what lives on a GPU is not looked at (the kernels clamp it).
+MaybeTensor place_cu_seqlens(const MaybeTensor& cu_seqlens, const Tensor& like);
 
 // CPU only: the values of a checked cu_seqlens.
 void check_cu_seqlens_values(const MaybeTensor& cu_seqlens, int64_t seqlen);

@@ -37,6 +37,8 @@ Tensors12 call_select_chunk(const Tensor& candidate_scores, const Tensor& slot_s
                             int64_t num_sinks, int64_t pool_size);
 Tensors7 call_visibility(const Tensor& scores, const Tensor& tau, const Tensor& expiry, const Tensor& frac_begin,
                          const Tensor& frac_end, int64_t window_size, int64_t num_sinks, const MaybeTensor& cu_seqlens);
+Tensors8 call_select_rows(const Tensor& scores, int64_t topk, int64_t window_size, int64_t num_sinks,
+                          std::optional<int64_t> pool_size, const MaybeTensor& cu_seqlens, int64_t far_lists_group);
 Tensors8 call_chunk_visibility(const Tensor& lengths, const Tensor& slot_expiry, const Tensor& slot_frac_begin,
                                const Tensor& slot_frac_end, const Tensor& pool_frac_begin, const Tensor& pool_frac_end,
                                const Tensor& arrival_expiry, const Tensor& arrival_frac_begin,
@@ -48,7 +50,8 @@ Tensors2 call_attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                              const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                              const Tensor& frac_begin, const Tensor& frac_end, std::string_view gate,
-                             double softmax_scale, bool deterministic);
+                             double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
+                             const MaybeTensor& far_lists);
 
 // Runs the rest of an operation without autograd, as its Autograd kernel does once it has recorded what it needs.
 struct BelowAutograd {

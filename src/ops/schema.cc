@@ -38,27 +38,38 @@ TORCH_LIBRARY(sparsek, m) {
       "int? pool_size=None, str gate=\"soft\", float? softmax_scale=None, Tensor? q_far=None, Tensor? k_far=None, "
       "Tensor? cu_seqlens=None, bool deterministic=False) -> (Tensor out, Tensor softmax_lse)",
       tags);
+  // select and _visibility in one, and with far_lists_group the lists of far rows that a GPU's tiles read
+  // (ops/far_lists.h).
+  m.def(
+      "_select_rows(Tensor scores, *, int topk, int window_size, int num_sinks=0, int? pool_size=None, "
+      "Tensor? cu_seqlens=None, int far_lists_group=0) -> (Tensor row_scores, Tensor row_tau, Tensor window_begin, "
+      "Tensor far_begin, Tensor far_end, Tensor row_frac_begin, Tensor row_frac_end, Tensor far_lists)",
+      tags);
+  m.def("_checked_cu_seqlens(Tensor cu_seqlens, SymInt seqlen) -> Tensor", tags);
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor scores, Tensor tau, Tensor expiry, Tensor frac_begin, "
       "Tensor frac_end, *, int window_size, int num_sinks=0, str gate=\"soft\", float? softmax_scale=None, "
-      "Tensor? q_far=None, Tensor? k_far=None, Tensor? cu_seqlens=None, bool deterministic=False) -> "
-      "(Tensor out, Tensor softmax_lse)",
+      "Tensor? q_far=None, Tensor? k_far=None, Tensor? cu_seqlens=None, bool deterministic=False, "
+      "int? topk=None) -> (Tensor out, Tensor softmax_lse)",
       tags);
   m.def(
       "_visibility(Tensor scores, Tensor tau, Tensor expiry, Tensor frac_begin, Tensor frac_end, *, int window_size, "
       "int num_sinks, Tensor? cu_seqlens=None) -> (Tensor row_scores, Tensor row_tau, Tensor window_begin, "
       "Tensor far_begin, Tensor far_end, Tensor row_frac_begin, Tensor row_frac_end)",
       tags);
+  // max_far: the most far rows that a query sees; far_lists: what _select_rows made for these rows.
   m.def(
       "_attention_rows(Tensor q, Tensor k, Tensor v, Tensor? q_far, Tensor? k_far, Tensor row_scores, Tensor tau, "
       "Tensor window_begin, Tensor far_begin, Tensor far_end, Tensor frac_begin, Tensor frac_end, *, str gate, "
-      "float softmax_scale, bool deterministic) -> (Tensor out, Tensor softmax_lse)",
+      "float softmax_scale, bool deterministic, int? max_far=None, Tensor? far_lists=None) -> "
+      "(Tensor out, Tensor softmax_lse)",
       tags);
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? q_far, Tensor? k_far, "
       "Tensor row_scores, Tensor tau, Tensor window_begin, Tensor far_begin, Tensor far_end, Tensor frac_begin, "
-      "Tensor frac_end, Tensor out, Tensor softmax_lse, *, str gate, float softmax_scale, bool deterministic) -> "
-      "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_far, Tensor dk_far, Tensor dscores)",
+      "Tensor frac_end, Tensor out, Tensor softmax_lse, *, str gate, float softmax_scale, bool deterministic, "
+      "int? max_far=None, Tensor? far_lists=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_far, Tensor dk_far, "
+      "Tensor dscores)",
       tags);
 
   // Section 6

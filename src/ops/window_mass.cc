@@ -104,7 +104,7 @@ Tensor window_mass_composite(const Tensor& q, const Tensor& k, int64_t window_si
   check_cu_seqlens(cu_seqlens, "q", q);
   check_window(window_size, num_sinks);
   const auto [window_begin, far_begin, far_end, num_queries] =
-      call_window_rows(q, {}, cu_seqlens, window_size, num_sinks);
+      call_window_rows(q, {}, place_cu_seqlens(cu_seqlens, q), window_size, num_sinks);
   const Tensor mass = call_mass_rows(q, k, q_far, k_far, window_begin, far_begin, far_end, {}, window_size,
                                      scale_or_default(softmax_scale, q));
   // Without a query the mass is 0 as well.

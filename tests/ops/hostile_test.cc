@@ -72,7 +72,7 @@ Tensor normal(int64_t seqlen, int64_t heads, at::ScalarType dtype) {
 using Backward = Tensors6(const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&,
                           const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&,
                           const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          std::string_view, double, bool);
+                          std::string_view, double, bool, std::optional<int64_t>, const MaybeTensor&);
 using MassRows = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
                         const Tensor&, const Tensor&, const MaybeTensor&, int64_t, double);
 
@@ -86,18 +86,18 @@ TEST(Hostile, RowArrays) {
     const auto rows = call_visibility(scores, tau, expiry, frac_begin, frac_end, kWindow, kSinks, {});
     const auto& [row_scores, row_tau, window_begin, far_begin, far_end, row_frac_begin, row_frac_end] = rows;
     const auto [out, lse] = call_attention_rows(q, k, v, {}, {}, row_scores, row_tau, window_begin, far_begin, far_end,
-                                                row_frac_begin, row_frac_end, "soft", kScale, false);
+                                                row_frac_begin, row_frac_end, "soft", kScale, false, {}, {});
     const Tensor dout = at::ones_like(out);
     const auto forward = [&](const Tensor& window, const Tensor& begin, const Tensor& end, const Tensor&,
                              const Tensor&) {
       call_attention_rows(q, k, v, {}, {}, row_scores, row_tau, window, begin, end, row_frac_begin, row_frac_end,
-                          "soft", kScale, false);
+                          "soft", kScale, false, {}, {});
     };
     const auto backward = [&](const Tensor& window, const Tensor& begin, const Tensor& end, const Tensor& frac_from,
                               const Tensor& frac_to) {
       static const auto operation = find_operation<Backward>("sparsek::attention_backward");
       operation.call(dout, {}, q, k, v, {}, {}, row_scores, row_tau, window, begin, end, frac_from, frac_to, out, lse,
-                     "soft", kScale, false);
+                     "soft", kScale, false, {}, {});
     };
     const auto mass = [&](const Tensor& window, const Tensor& begin, const Tensor& end, const Tensor&, const Tensor&) {
       static const auto operation = find_operation<MassRows>("sparsek::_window_mass_rows");

@@ -71,6 +71,13 @@ def op_cases() -> dict[str, Callable[[], tuple]]:
         kept = sparsek.select(x.scores, **OPTIONS)
         return ops._visibility.default, (x.scores, *kept), dict(window_size=5, num_sinks=2)
 
+    def select_rows() -> tuple:
+        x = random_inputs(dtype=torch.float32, requires_grad=True)
+        return ops._select_rows.default, (x.scores,), OPTIONS
+
+    def checked_cu_seqlens() -> tuple:
+        return ops._checked_cu_seqlens.default, (torch.tensor([0, 3, 20], dtype=torch.int32), 20), {}
+
     def select() -> tuple:
         x = random_inputs(dtype=torch.float32, requires_grad=True)
         return ops.select.default, (x.scores,), OPTIONS
@@ -147,6 +154,8 @@ def op_cases() -> dict[str, Callable[[], tuple]]:
         "attention_backward far": lambda: attention_backward(True),
         "_visibility": visibility,
         "select": select,
+        "_select_rows": select_rows,
+        "_checked_cu_seqlens": checked_cu_seqlens,
         "window_mass": window_mass,
         "window_mass_chunk": lambda: window_mass_chunk(False),
         "window_mass_chunk far": lambda: window_mass_chunk(True),
