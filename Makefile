@@ -4,7 +4,7 @@ SECONDS_EACH ?= 60
 PYTHON := .venv/bin/python
 BUILD := build/release
 
-.PHONY: help setup build cuda demo test bench bench-peers fuzz format format-check tidy wheel clean
+.PHONY: help setup build cuda demo test bench bench-peers fuzz format format-check tidy wheel bundle clean
 help:
 	@echo "make demo     set up, build, then SmolLM2 reads a long text with SparseK attention (under 10 minutes on 2 cores)"
 	@echo "make test     set up, build, then every test (under 30 minutes on 2 cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make cuda     the CUDA kernels with their check and timing programs, in build/cuda (no GPU needed to build)"
 	@echo "make bench    benchmarks into bench/results/ · bench-peers: the same beside llama.cpp (builds it: 10 minutes)"
 	@echo "make fuzz     each fuzz target for SECONDS_EACH=60 · make tidy [FILES=...] · make format · make wheel · make setup"
+	@echo "make bundle   dist/sparsek-bundle.tar.gz: what a GPU host without network needs (docs/building-on-a-gpu-host.md)"
 
 setup:
 	@scripts/setup.sh build demo
@@ -29,7 +30,7 @@ cuda:
 	@scripts/setup.sh cuda
 	@mkdir -p build
 	@cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
-	@ninja -C build/cuda -j $(JOBS) cuda_test bench_attention
+	@ninja -C build/cuda -j $(JOBS) bundled
 
 demo:
 	@scripts/setup.sh build demo
@@ -61,6 +62,9 @@ format-check:
 tidy: build
 	@scripts/setup.sh tidy
 	@printf '%s\n' $(or $(FILES),$(shell git ls-files 'src/*.cc' | grep -v simd)) | xargs -n 4 clang-tidy-19 -p $(BUILD) --quiet
+
+bundle: cuda
+	@scripts/bundle.sh
 
 wheel:
 	@scripts/setup.sh build test

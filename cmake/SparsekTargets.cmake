@@ -81,6 +81,13 @@ function(sparsek_add_test name)
                        ENVIRONMENT "OMP_NUM_THREADS=2;OMP_WAIT_POLICY=passive")
 endfunction()
 
+# What `make bundle` packs beside third-party code: the target `bundled` builds it, bundled.txt says where it lies.
+add_custom_target(bundled)
+function(sparsek_add_to_bundle name)
+  add_dependencies(bundled ${name})
+  set_property(GLOBAL APPEND_STRING PROPERTY SPARSEK_BUNDLED "$<TARGET_FILE:${name}>\n")
+endfunction()
+
 # A folder appears when it has content.
 macro(sparsek_add_folder folder)
   if(EXISTS ${PROJECT_SOURCE_DIR}/${folder}/CMakeLists.txt)

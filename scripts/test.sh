@@ -18,7 +18,7 @@ SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/py
 
 say "CUDA kernels (their tests skip themselves without a GPU)"
 cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
-ninja -C build/cuda -j "$jobs" cuda_test bench_attention
+ninja -C build/cuda -j "$jobs" bundled
 ctest --test-dir build/cuda --output-on-failure -j 1 -L gpu
 
 say "C++ tests under the address and undefined-behaviour sanitizers"
