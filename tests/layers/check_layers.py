@@ -15,7 +15,8 @@ ALLOWED = {
     "model": {"base", "kernels", "ops", "data", "model"},
     "eval": {"base", "data", "model", "eval", "ops"},
     "infer": {"base", "data", "model", "ops", "infer"},
-    "cli": {"base", "data", "model", "ops", "eval", "infer", "cli", "kernels"},
+    "train": {"base", "kernels/params.h", "data", "ops", "model", "eval", "train"},
+    "cli": {"base", "data", "model", "ops", "eval", "infer", "train", "cli", "kernels"},
 }
 FOLDERS = {path.split("/")[0] for path in ALLOWED}
 FORBIDDEN_BELOW_OPS = re.compile(r"^(torch|ATen|c10)/")

@@ -1,0 +1,84 @@
+// The configuration: defaults, files, overrides, what is wrong said with line and name, and its own text read back.
+#include "train/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "tests/model/tiny_model.h"
+
+namespace sparsek::train {
+namespace {
+
+using sparsek::test::message_of;
+using testing::AllOf;
+using testing::HasSubstr;
+
+TrainConfig parse(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  return parse_config(text, "run.toml", overrides);
+}
+std::string problem(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  return message_of<UsageError>([&] { parse(text, overrides); });
+}
+const std::string kRecall = "[data]\ntask = \"recall\"\n";
+
+TEST(TrainConfig, FileThenOverrides) {
+  const TrainConfig config =
+      parse(kRecall + "seqlen = 4096\n[optimiser]\nlr = 1\n[scorer]\ndelayed = false\n",
+            {"optimiser.lr=2.5e-4", "run.folder=out/a b", "attention.kind=window", "data.seqlen=2048"});
+  EXPECT_EQ(config.optimiser.lr, 2.5e-4);
+  EXPECT_EQ(config.data.seqlen, 2048);
+  EXPECT_EQ(config.run.folder, "out/a b");
+  EXPECT_EQ(config.attention.kind, "window");
+  EXPECT_FALSE(config.scorer.delayed);
+  EXPECT_EQ(parse(kRecall + "[optimiser]\nlr = 1").optimiser.lr, 1);  // a whole number is a number
+}
+
+TEST(TrainConfig, SaysWhatIsWrong) {
+  EXPECT_THAT(problem("[optimiser]\n\nlearnrate = 1"),
+              AllOf(HasSubstr("run.toml:3"), HasSubstr("optimiser.learnrate"), HasSubstr("did you mean")));
+  EXPECT_THAT(problem("[attention]\nwindow_sise = 1"), HasSubstr("did you mean attention.window_size?"));
+  EXPECT_THAT(problem("[optimiser]\ntopk = 1"), HasSubstr("did you mean attention.topk?"));
+  EXPECT_THAT(problem("[atention]\ntopk = 1"), AllOf(HasSubstr("run.toml:1"), HasSubstr("did you mean attention")));
+  EXPECT_THAT(problem("topk = 1"), AllOf(HasSubstr("run.toml:1"), HasSubstr("did you mean attention.topk?")));
+  EXPECT_THAT(problem("[run]\nsteps = \"many\""),
+              AllOf(HasSubstr("run.toml:2"), HasSubstr("run.steps"), HasSubstr("expected a whole number, found text")));
+  EXPECT_THAT(problem("[run]\nsteps = 1.5"), HasSubstr("expected a whole number, found a number"));
+  EXPECT_THAT(problem("[scorer]\ndelayed = 1"), HasSubstr("expected true or false, found a whole number"));
+  EXPECT_THAT(problem("[run]\nfolder = 3"), HasSubstr("expected text in quotes"));
+  EXPECT_THAT(problem("[run\nsteps = 1"), HasSubstr("run.toml:1"));
+  EXPECT_THAT(problem(kRecall, {"run.stps=3"}), AllOf(HasSubstr("command line"), HasSubstr("did you mean run.steps?")));
+  EXPECT_THAT(problem(kRecall, {"run.steps=x"}), AllOf(HasSubstr("run.steps"), HasSubstr("'x'")));
+  EXPECT_THAT(problem(kRecall, {"run.steps"}), HasSubstr("key=value"));
+}
+
+TEST(TrainConfig, ChecksValues) {
+  EXPECT_THAT(problem(""), HasSubstr("data.train"));
+  EXPECT_THAT(problem(kRecall, {"attention.kind=full"}), HasSubstr("dense, window, sparsek"));
+  EXPECT_THAT(problem(kRecall, {"attention.topk=0"}), HasSubstr("attention.topk"));
+  EXPECT_THAT(problem(kRecall, {"optimiser.lr=nan"}), HasSubstr("optimiser.lr"));
+  EXPECT_THAT(problem(kRecall, {"loss.kl=1"}), HasSubstr("model.base"));
+  EXPECT_THAT(problem(kRecall, {"trainable.part=lora"}), HasSubstr("model.base"));
+  EXPECT_THAT(problem(kRecall, {"attention.pool_size=100"}), HasSubstr("more than topk"));
+  EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=10", "recurrent.chunk=64"}), HasSubstr("recurrent.chunk"));
+  EXPECT_THAT(problem(kRecall, {"data.seqlen=100"}), HasSubstr("data.seqlen"));
+}
+
+TEST(TrainConfig, TextGivesTheSameConfig) {
+  const TrainConfig config = parse(kRecall, {"run.folder=a\"b\\c\td", "optimiser.eps=1e-12", "optimiser.lr=1",
+                                             "scorer.cut_gradient=true", "run.seed=9007199254740993"});
+  const std::string text = config_text(config);
+  TrainConfig again = parse(text);
+  EXPECT_EQ(config_text(again), text);
+  EXPECT_EQ(again.run.folder, "a\"b\\c\td");
+  EXPECT_EQ(again.run.seed, 9007199254740993);
+}
+
+TEST(TrainConfig, EveryKeyOnce) {
+  TrainConfig config;
+  std::set<std::string> names;
+  for (const ConfigKey& key : keys(config)) EXPECT_TRUE(names.insert(key.name).second) << key.name;
+}
+
+}  // namespace
+}  // namespace sparsek::train
