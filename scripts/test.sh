@@ -13,13 +13,13 @@ say "C++ tests (release)"
 ninja -C build/release -j "$jobs" tests
 ctest --test-dir build/release --output-on-failure -j 1
 
-say "Python tests"
-SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/python
-
 say "CUDA kernels (their tests skip themselves without a GPU)"
 cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
 ninja -C build/cuda -j "$jobs" bundled
 ctest --test-dir build/cuda --output-on-failure -j 1 -L gpu
+
+say "Python tests"
+SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/python
 
 say "C++ tests under the address and undefined-behaviour sanitizers"
 cmake --preset asan > build/asan.log 2>&1 || { cat build/asan.log; exit 1; }

@@ -19,6 +19,20 @@ int64_t as_int(const c10::SymInt& value) {
   return value.guard_int(__FILE__, __LINE__);
 }
 
+// On a GPU: what the copy engine reads. Memory begins at multiples of 512 bytes, so an offset tells the address.
+void check_rows_of_16_bytes(const Argument& argument) {
+  const Tensor& tensor = argument.tensor;
+  const int64_t elements = 16 / static_cast<int64_t>(tensor.element_size());
+  bool is_aligned = tensor.sym_storage_offset() % elements == 0;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
+    const c10::SymInt stride = tensor.sym_stride(i);
+    is_aligned = is_aligned && (tensor.sym_size(i) == 1 || (stride > 0 && stride % elements == 0));
+  }
+  TORCH_CHECK_VALUE(is_aligned, argument.name,
+                    " must have rows that lie at multiples of 16 bytes, none of them twice, ", "on a GPU, got strides ",
+                    tensor.sym_strides(), " from element ", tensor.sym_storage_offset());
+}
+
 void check_far_pair(const MaybeTensor& q_far, const MaybeTensor& k_far) {
   TORCH_CHECK_VALUE(given(q_far) == given(k_far), "q_far and k_far must be given together, got only ",
                     given(q_far) ? "q_far" : "k_far");
@@ -147,6 +161,9 @@ void check_attention(const AttentionArguments& arguments) {
                       kMaxHeadDim, ", got ", dim);
   }
   check_far_pair(arguments.q_far, arguments.k_far);
+  if (q.tensor.is_cuda()) {
+    for (const Argument& argument : all) check_rows_of_16_bytes(argument);
+  }
 }
 
 void check_scores(const char* name, const Tensor& scores) {

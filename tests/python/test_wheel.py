@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = pathlib.Path(os.environ.get("SPARSEK_BUILD_DIR", ROOT / "build/release"))
@@ -40,9 +41,14 @@ def run(*command: object, cwd: pathlib.Path) -> str:
 def test_wheel(tmp_path: pathlib.Path) -> None:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
     library = BUILD / "src/ops/libsparsek_ops.so"
+    cuda_library = ROOT / "build/cuda/src/ops/cuda/libsparsek_ops_cuda.so"
+    with_cuda = ("-C", f"cmake.define.SPARSEK_CUDA_LIBRARY={cuda_library}") if cuda_library.exists() else ()
     run(*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", tmp_path,
-        "-C", f"cmake.define.SPARSEK_LIBRARY={library}", ROOT, cwd=tmp_path)  # fmt: skip
+        "-C", f"cmake.define.SPARSEK_LIBRARY={library}", *with_cuda, ROOT, cwd=tmp_path)  # fmt: skip
     (wheel,) = tmp_path.glob("sparsek-*-py3-none-*.whl")
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert "sparsek/lib/libsparsek_ops.so" in files
+    assert ("sparsek/lib/libsparsek_ops_cuda.so" in files) == bool(with_cuda)
 
     home = tmp_path / "environment"
     venv.create(home, with_pip=False, symlinks=True)

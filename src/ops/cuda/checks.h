@@ -1,0 +1,60 @@
+// Checks at this library's boundary, as src/ops/checks.h makes them for the CPU: before any launch, saying what was
+// wanted and what was given. std::invalid_argument is Python's ValueError; the stable ABI has no TypeError, so wrong
+// dtypes are ValueErrors here too (the composites of src/ops have raised TypeErrors before). Values that live on the
+// GPU are not looked at: that would stall the stream.
+#pragma once
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "ops/cuda/tensors.h"
+
+namespace sparsek::ops::cuda {
+
+template <class... Parts>
+void check_value(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// A tensor argument with the layout its documentation names.
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+  const char* layout;
+};
+
+std::string shape_text(const Tensor& tensor);
+std::string strides_text(const Tensor& tensor);
+
+void check_ndim(const Argument& argument, int64_t ndim);
+// ndim, dtype, device, shape.
+void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
+                  const Argument& like);
+void check_contiguous(const Argument& argument);
+// Rows of head_dim as the copy engine reads them: contiguous, at multiples of 16 bytes.
+void check_rows_of_16_bytes(const Argument& argument);
+// The strides of such a tensor; where there is a single entry, one that the copy engine takes.
+Strides row_strides(const Tensor& tensor);
+
+// [batch, seqlen, num_kv_heads] float32.
+void check_scores(const char* name, const Tensor& scores);
+void check_window(int64_t window_size, int64_t num_sinks);
+// Throws unless 1 <= topk and pool_size is absent, 0 or larger; returns the pool size in force.
+int32_t check_selection(int64_t topk, std::optional<int64_t> pool_size);
+// bfloat16 or float16.
+DType check_half(const Argument& argument);
+int32_t checked_int32(const char* name, int64_t value);
+
+// Documents, checked and copied to the device when they come from the CPU (which waits for the stream); null without.
+struct Documents {
+  MaybeTensor starts;
+  const int32_t* cu_seqlens = nullptr;
+  int32_t count = 1;
+
+  Documents(const MaybeTensor& cu_seqlens, const Argument& like, int64_t batch, int64_t seqlen);
+};
+
+}  // namespace sparsek::ops::cuda
