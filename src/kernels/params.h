@@ -180,8 +180,12 @@ struct DecodeStepParams {
   DType dtype;
   const void *q, *q_far;         // [batch, num_heads, head_dim]; q_far null without far rotary
   const void *k, *k_far, *v;     // [batch, num_kv_heads, head_dim] of the new token
-  const void* candidate_scores;  // [batch, num_kv_heads] u of the key at position length - window_size, which now leaves
-                                 //   the window; not read while that position is < num_sinks
+  // Either the score u of the key at position length - window_size, which now leaves the window (not read while that
+  // position is < num_sinks) ...
+  const void* candidate_scores;  // [batch, num_kv_heads], or null:
+  // ... or the scores in the ring: the leaving key's is the candidate's, and the new token's takes its place.
+  const void* scores;            // [batch, num_kv_heads] u of the new token
+  void* ring_scores;             // [batch, num_kv_heads, window_size]
   void *state_k, *state_v;       // [batch, num_kv_heads, num_sinks + window_size + topk, head_dim]
   void* ring_k;                  // [batch, num_kv_heads, window_size, head_dim], null without far rotary
   void* slot_scores;             // [batch, num_kv_heads, topk]

@@ -4,9 +4,6 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include <cmath>
-
-#include "base/error.h"
 #include "ops/autocast.h"
 #include "ops/ops.h"
 #include "ops/state.h"
@@ -27,40 +24,6 @@ Tensor decode_step_meta(const Tensor& q, const Tensor& k, const Tensor& v, const
                         std::optional<double> softmax_scale, const MaybeTensor& q_far, const MaybeTensor& k_far,
                         bool delayed_scores) {
   return allocate(q);
-}
-
-// New scores enter the ring; finished (delayed) ones are checked by the kernel that reads them.
-template <class T>
-void check_finite(const Tensor& scores) {
-  const T* const data = scores.const_data_ptr<T>();
-  for (int64_t i = 0; i < scores.numel(); ++i) {
-    if (std::isfinite(data[i])) continue;
-    throw_data("scores must be finite, got {} at batch row {}, position 0, head {}", data[i], i / scores.size(1),
-               i % scores.size(1));
-  }
-}
-
-// visit(score, entry) for scores [batch, num_kv_heads] and the ring's entries at position length.
-template <class T, class Visit>
-void for_each_ring_score(const Tensor& scores, const Tensor& ring_scores, const Tensor& lengths, const Visit& visit) {
-  const int64_t num_kv_heads = scores.size(1), window_size = ring_scores.size(2);
-  T* const data = scores.data_ptr<T>();
-  T* const ring = ring_scores.data_ptr<T>();
-  for (int64_t b = 0; b < scores.size(0); ++b) {
-    const int64_t row = lengths.const_data_ptr<int64_t>()[b] % window_size;
-    for (int64_t i = b * num_kv_heads; i < (b + 1) * num_kv_heads; ++i) visit(data[i], ring[i * window_size + row]);
-  }
-}
-
-// Runs the kernel; ring_scores trades the leaving keys' scores for the new tokens'. Nothing is written when it throws.
-template <class T>
-void step_with_ring(DecodeStepParams& params, const Tensor& scores, const Tensor& ring_scores, const Tensor& lengths) {
-  check_finite<T>(scores);
-  const Tensor candidates = at::empty_like(scores), tokens = lengths.clone();
-  for_each_ring_score<T>(candidates, ring_scores, tokens, [](T& candidate, T entry) { candidate = entry; });
-  params.candidate_scores = candidates.const_data_ptr();
-  cpu::decode_step(params);
-  for_each_ring_score<T>(scores, ring_scores, tokens, [](T score, T& entry) { entry = score; });
 }
 
 Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& scores, const Tensor& state_k,
@@ -143,14 +106,13 @@ Tensor decode_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const 
   params.pool_size = static_cast<int32_t>(pool);
   params.gate = gate_of(gate);
   params.softmax_scale = scale_or_default(softmax_scale, q);
-  if (delayed_scores) {
+  if (delayed_scores) {  // final when the key leaves the window
     params.candidate_scores = new_scores.const_data_ptr();
-    cpu::decode_step(params);
-  } else if (new_scores.scalar_type() == at::kDouble) {
-    step_with_ring<double>(params, new_scores, ring_scores, lengths);
   } else {
-    step_with_ring<float>(params, new_scores, ring_scores, lengths);
+    params.scores = new_scores.const_data_ptr();
+    params.ring_scores = ring_scores.data_ptr();
   }
+  cpu::decode_step(params);
   return out;
 }
 

@@ -202,16 +202,18 @@ template <class Score>
 void check_values(const DecodeStepParams& p) {
   const CarriedSizes sizes{p.topk, p.window_size, p.num_sinks, p.pool_size};
   for (int32_t b = 0; b < p.batch; ++b) {
-    const int64_t position = p.lengths[b] - p.window_size;
     for (int32_t h = 0; h < p.num_kv_heads; ++h) {
       const int64_t unit = int64_t{b} * p.num_kv_heads + h;
       check_carried_state(static_cast<const Score*>(p.slot_scores) + unit * p.topk, p.slot_positions + unit * p.topk,
                           static_cast<const Score*>(p.pool_scores) + unit * p.pool_size, p.pool_size, p.lengths[b],
                           sizes, b, h);
-      if (position < p.num_sinks) continue;
-      const Score u = static_cast<const Score*>(p.candidate_scores)[unit];
-      if (std::isfinite(u)) continue;
-      throw_data("scores must be finite, got {} at batch row {}, position {}, head {}", u, b, position, h);
+      const UnitState<Score, Score> state(p, b, h);  // for its scores alone
+      const auto check = [&](Score u, int64_t at) {
+        if (!std::isfinite(u))
+          throw_data("scores must be finite, got {} at batch row {}, position {}, head {}", u, b, at, h);
+      };
+      if (state.new_score != nullptr) check(*state.new_score, 0);  // of the one token given
+      if (state.has_candidate()) check(*state.candidate_score, state.leaving_position());
     }
   }
 }

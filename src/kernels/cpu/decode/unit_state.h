@@ -32,8 +32,14 @@ struct UnitState {
     slot_positions = p.slot_positions + unit * p.topk;
     pool_scores = static_cast<Score*>(p.pool_scores) + unit * p.pool_size;
     if (p.ring_mass != nullptr) ring_mass = static_cast<Score*>(p.ring_mass) + unit * p.window_size;
-    candidate_score = static_cast<const Score*>(p.candidate_scores) + unit;
     length = p.lengths[b];
+    if (p.candidate_scores != nullptr) {
+      candidate_score = static_cast<const Score*>(p.candidate_scores) + unit;
+    } else {
+      ring_score = static_cast<Score*>(p.ring_scores) + unit * p.window_size + new_row();
+      new_score = static_cast<const Score*>(p.scores) + unit;
+      candidate_score = ring_score;
+    }
   }
 
   // The position of the key that leaves the window; it becomes a candidate when it is not a sink.
@@ -59,6 +65,7 @@ struct UnitState {
       copy_row(v, length, new_v, 0);
     }
     if (ring_mass != nullptr) ring_mass[new_row()] = 0;
+    if (ring_score != nullptr) *ring_score = *new_score;
   }
 
   // Sinks outside the window and the window first, then the selected slots. With is_far false everywhere rows that
@@ -116,7 +123,8 @@ struct UnitState {
   int64_t batch_row, kv_head;
   Element *k, *v, *ring_k = nullptr;
   Score *slot_scores, *pool_scores, *ring_mass = nullptr;
-  const Score* candidate_score;
+  const Score *candidate_score, *new_score = nullptr;  // the new token's, with scores in the ring
+  Score* ring_score = nullptr;                         // at new_row(), likewise
   int64_t* slot_positions;
   int64_t length;
   int32_t num_pooled = 0;  // pool entries in use
