@@ -1,5 +1,6 @@
 // The baselines on the row model (kernels/params.h, "Rows") with every visible key's weight 1: window attention with
 // sinks, and dense attention behind a cache of a fixed number of tokens, as Transformer-XL has it.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -22,7 +23,8 @@ struct Rows {
   at::Tensor far_begin, far_end;  // int32 [batch, rows]
 };
 
-at::Tensor row_attention(const AttentionInputs& in, const Rows& rows) {
+// max_far: the most far rows that a query sees.
+at::Tensor row_attention(const AttentionInputs& in, const Rows& rows, int64_t max_far) {
   const int64_t batch = in.q.size(0), heads = in.k.size(2), count = rows.k.size(1);
   const auto scores = in.q.options().dtype(ops::scores_dtype(in.q.scalar_type()));
   const auto indices = rows.window_begin.options();
@@ -35,7 +37,7 @@ at::Tensor row_attention(const AttentionInputs& in, const Rows& rows) {
       in.q, rows.k, rows.v, maybe(in.q_far), maybe(rows.k_far), at::zeros({batch, heads, count}, scores),
       at::full({batch, heads, in.q.size(1)}, -std::numeric_limits<double>::infinity(), scores), rows.window_begin,
       of_every_head(rows.far_begin), of_every_head(rows.far_end), nowhere, nowhere, "hard",
-      ops::scale_or_default({}, in.q), /*deterministic=*/false));
+      ops::scale_or_default({}, in.q), at::globalContext().deterministicAlgorithms(), max_far, {}));
 }
 
 // The rows of `carried` [batch, num_sinks + window_size, ...] and of the chunk, `all`, that the next chunk needs.
@@ -72,7 +74,7 @@ std::pair<at::Tensor, LayerState> window_chunk(const AttentionSettings& settings
   next.k = next_window(kept, state.lengths, num_sinks, window_size, seqlen);
   next.v = next_window(rows.v, state.lengths, num_sinks, window_size, seqlen);
   next.lengths = state.lengths + seqlen;
-  return {row_attention(in, rows), next};
+  return {row_attention(in, rows, num_sinks), next};
 }
 
 std::pair<at::Tensor, LayerState> dense_chunk(const AttentionSettings& settings, const AttentionInputs& in,
@@ -89,7 +91,7 @@ std::pair<at::Tensor, LayerState> dense_chunk(const AttentionSettings& settings,
   next.k = rows.k.narrow(1, seqlen, cache);
   next.v = rows.v.narrow(1, seqlen, cache);
   next.lengths = state.lengths + seqlen;
-  return {row_attention(in, rows), next};
+  return {row_attention(in, rows, 0), next};
 }
 
 }  // namespace
@@ -101,7 +103,7 @@ std::pair<at::Tensor, LayerState> attend_rows(const AttentionSettings& settings,
   Rows rows{in.k, in.v, in.k_far, {}, {}, {}};
   std::tie(rows.window_begin, rows.far_begin, rows.far_end, std::ignore) =
       ops::call_window_rows(in.q, {}, layout.cu_seqlens, settings.attention.window_size, settings.attention.num_sinks);
-  return {row_attention(in, rows), {}};
+  return {row_attention(in, rows, settings.attention.num_sinks), {}};
 }
 
 }  // namespace sparsek::train

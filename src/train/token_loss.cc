@@ -114,24 +114,17 @@ TokenLoss token_loss(const at::Tensor& hidden, const at::Tensor& output, const a
   return {out[0], out[1], out[2]};
 }
 
-at::Tensor token_losses(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows) {
+TokenScores token_scores(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows) {
   const at::NoGradGuard no_grad;
-  at::Tensor losses = at::empty({hidden.size(0)}, hidden.options().dtype(sum_dtype(hidden)));
-  for_each_block({hidden, output, targets}, rows,
-                 [&](int64_t first, int64_t count, const at::Tensor& log_p, const at::Tensor& wanted,
-                     const at::Tensor& valid) { losses.narrow(0, first, count).copy_(picked(log_p, wanted, valid)); });
-  return losses;
-}
-
-at::Tensor token_hits(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows) {
-  const at::NoGradGuard no_grad;
-  at::Tensor hits = at::empty({hidden.size(0)}, hidden.options().dtype(at::kBool));
+  TokenScores scores{at::empty({hidden.size(0)}, hidden.options().dtype(sum_dtype(hidden))),
+                     at::empty({hidden.size(0)}, hidden.options().dtype(at::kBool))};
   for_each_block(
       {hidden, output, targets}, rows,
       [&](int64_t first, int64_t count, const at::Tensor& log_p, const at::Tensor& wanted, const at::Tensor& valid) {
-        hits.narrow(0, first, count).copy_(log_p.argmax(1).eq(wanted).logical_and_(valid));
+        scores.losses.narrow(0, first, count).copy_(picked(log_p, wanted, valid));
+        scores.hits.narrow(0, first, count).copy_(log_p.argmax(1).eq(wanted).logical_and_(valid));
       });
-  return hits;
+  return scores;
 }
 
 }  // namespace sparsek::train

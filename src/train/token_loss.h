@@ -31,9 +31,11 @@ struct TokenLoss {
 TokenLoss token_loss(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets,
                      const LossWeights& weights, const Teacher& teacher = {});
 
-// Cross-entropy by token [tokens], 0 for ignored ones. No gradient.
-at::Tensor token_losses(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows);
-// Whether the most likely token is the target, by token; false for ignored ones.
-at::Tensor token_hits(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows);
+struct TokenScores {
+  at::Tensor losses;  // [tokens] cross-entropy, natural log; 0 for ignored ones
+  at::Tensor hits;    // bool [tokens]: the target is the most likely token; false for ignored ones
+};
+// No gradient.
+TokenScores token_scores(const at::Tensor& hidden, const at::Tensor& output, const at::Tensor& targets, int64_t rows);
 
 }  // namespace sparsek::train

@@ -89,7 +89,8 @@ TEST_P(AgainstInference, SameLosses) {
   const at::Tensor input = all.narrow(0, 0, 89).to(at::kLong).unsqueeze(0);
   const at::Tensor hidden = network.forward(input, network.layout(1, 89), nullptr);
   const at::Tensor losses =
-      token_losses(hidden[0], network.parameters().output_matrix(), all.narrow(0, 1, 89).to(at::kLong), /*rows=*/32);
+      token_scores(hidden[0], network.parameters().output_matrix(), all.narrow(0, 1, 89).to(at::kLong), /*rows=*/32)
+          .losses;
   for (int64_t t = 0; t < 89; ++t) {
     ASSERT_NEAR(losses[t].item<double>(), wanted[t], 1e-4) << "token " << t;
   }

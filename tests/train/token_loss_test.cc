@@ -63,7 +63,8 @@ TEST(TokenLoss, FrozenOutputAndNoGrad) {
   const at::NoGradGuard no_grad;
   const TokenLoss loss = token_loss(in.hidden, in.output, in.targets, {.rows = 5});
   EXPECT_FALSE(loss.total.requires_grad());
-  EXPECT_NEAR(token_losses(in.hidden, in.output, in.targets, 7).sum().item<double>(), loss.total.item<double>(), 1e-10);
+  EXPECT_NEAR(token_scores(in.hidden, in.output, in.targets, 7).losses.sum().item<double>(), loss.total.item<double>(),
+              1e-10);
 }
 
 TEST(TokenLoss, NothingToPredict) {
@@ -81,7 +82,7 @@ TEST(TokenLoss, Hits) {
   in.targets.copy_(at::linear(in.hidden, in.output).argmax(1));
   in.targets.narrow(0, 0, 4).copy_((in.targets.narrow(0, 0, 4) + 1).remainder(19));
   in.targets.narrow(0, 4, 3).fill_(kIgnored);
-  EXPECT_EQ(token_hits(in.hidden, in.output, in.targets, 6).sum().item<int64_t>(), 30);
+  EXPECT_EQ(token_scores(in.hidden, in.output, in.targets, 6).hits.sum().item<int64_t>(), 30);
 }
 
 }  // namespace
