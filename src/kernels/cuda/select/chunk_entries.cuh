@@ -63,7 +63,6 @@ struct ChunkShared {
   int row_begins[kMaxChunk / 32];
   Boundary boundary[kIntervals];
   double warp_sum[kChunkThreads / 32];
-  int class_count[kChunkThreads / 32][3];
   int range_begin[3], range_end[3], band[3];
   int item, kept;
 };

@@ -1,35 +1,37 @@
 // Steps 1 and 2 of the selection (problem.cuh): chunks by rank, the pools at all chunk ends, tau there.
 #pragma once
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/select/problem.cuh"
 
 namespace sparsek::cuda::selection {
 
 // One CTA per (chunk, lane): bitonic sort, four neighbours a thread. Also what a key that is never selected gets.
-constexpr int kSortThreads = 256, kSortEach = kMaxChunk / kSortThreads;
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constant__ Problem p) {
-  __shared__ uint64_t exchange[2][kMaxChunk];
+constexpr int kSortEach = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSortResident = 1280;  // threads of a multiprocessor; more would spill
+#else
+constexpr int kSortResident = 2048;
+#endif
+template <int kSortSize>
+__global__ void __launch_bounds__(kSortSize / kSortEach, kSortResident * kSortEach / kSortSize) sort_kernel(const __grid_constant__ Problem p) {
+  constexpr int kSortThreads = kSortSize / kSortEach;
+  __shared__ uint64_t exchange[2][kSortSize];
   __shared__ int bad_from;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
   const int first = c * p.chunk, last = min(first + p.chunk, p.seqlen) - 1;
   const Document opening = document_of(p, first), closing = p.cu_seqlens ? document_of(p, last) : opening;
   if (t == 0) bad_from = INT32_MAX;
   if (t == 0 && c == 0 && lane == 0) *p.next_item = 0;
   __syncthreads();
-  uint64_t key[kSortEach];
   bool any_bad = false;
-#pragma unroll
-  for (int n = 0; n < kSortEach; ++n) {
-    const int time = n * kSortThreads + t, i = first + time;
-    key[n] = ~uint64_t{0};
-    if (time >= p.chunk || i > last) continue;
+#pragma unroll 1
+  for (int i = first + t; i <= last; i += kSortThreads) {
     const Document document = p.cu_seqlens ? document_of(p, i) : opening;
     const float own = p.score(lane, i);
     any_bad |= !isfinite(own);
     if (!isfinite(own) && document.ordinal == closing.ordinal) atomicMin(&bad_from, i);
-    const int arriving = i - p.window;
-    if (arriving >= document.begin + p.sinks) {
-      key[n] = arrival_key(document.ordinal - opening.ordinal, descending_bits(p.score(lane, arriving)), time);
-    }
     const int64_t out = p.out(lane, i);
     p.expiry[out] = p.frac_begin[out] = p.frac_end[out] = i + p.window;
     const int64_t row = static_cast<int64_t>(lane) * p.seqlen + i;
@@ -41,6 +43,16 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
       p.window_begin[static_cast<int64_t>(lane / p.heads) * p.seqlen + i] = max(document.begin, i - p.window + 1);
     }
   }
+  uint64_t key[kSortEach];
+#pragma unroll
+  for (int n = 0; n < kSortEach; ++n) {
+    const int time = n * kSortThreads + t, arriving = first + time - p.window;
+    key[n] = ~uint64_t{0};
+    if (first + time > last) continue;
+    const Document document = p.cu_seqlens ? document_of(p, first + time) : opening;
+    if (arriving >= document.begin + p.sinks)
+      key[n] = arrival_key(document.ordinal - opening.ordinal, descending_bits(p.score(lane, arriving)), time);
+  }
   // Place t * kSortEach + n.
   int buffer = 0;
   const auto order = [](uint64_t& low, uint64_t& high, bool ascending) {
@@ -49,7 +61,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
       low = high, high = x;
     }
   };
-  for (int size = 2; size <= kMaxChunk; size *= 2) {
+  for (int size = 2; size <= kSortSize; size *= 2) {
     const bool ascending = (t * kSortEach & size) == 0;
     for (int stride = size / 2; stride >= kSortEach; stride /= 2) {
       const int other_thread = t ^ (stride / kSortEach);
@@ -85,17 +97,105 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
   }
   __syncthreads();
   const int64_t slot = p.slot(lane, c);
-  for (int r = t; r < total; r += kSortThreads) {
-    const uint64_t sorted = exchange[0][r];
-    p.sorted[slot * kMaxChunk + r] = sorted;
-    if (r >= before && r - before < p.pool_size) {
-      p.pools[0][slot * p.pool_size + r - before] =
-          pool_key(arrival_bits(sorted), first + arrival_time(sorted) - p.window);
+  const int count = min(total - before, p.pool_size);
+  for (int r = t; r < total; r += kSortThreads) p.sorted[slot * kMaxChunk + r] = exchange[0][r];
+  for (int r = t; r < kSortSize; r += kSortThreads)
+    p.sorted_bits[slot * kSortSize + r] = r < count ? arrival_bits(exchange[0][before + r]) : UINT32_MAX;
+  if (t == 0) {
+    p.arrivals[slot] = {count, before, closing.begin >= first, bad_from};
+    p.any_bad[slot] = bad > 0;
+  }
+}
+
+// The pools behind all chunks of an aligned block of 2^kRankLevels chunks, as far as that block makes them. One CTA per
+// (chunk, lane) takes its own arrivals to their ranks in every pool they reach: it counts those that rank before them in
+// the chunks before its own, latest first, then chunk by chunk in those behind it, until all its keys are out of the
+// pool (with random scores soon). Ties rank by chunk.
+constexpr int kRankThreads = 256;
+template <int kSortSize>
+__global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constant__ Problem p) {
+  constexpr int kEach = kSortSize / kRankThreads;
+  __shared__ uint32_t staged[kSortSize];
+  __shared__ int first_chunk, end_chunk;  // whose arrivals and pools are of this chunk's last document
+  const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const ArrivalState own = p.arrivals[p.slot(lane, c)];
+  static_assert(1 << kRankLevels <= 32);
+  if (t < 32) {
+    const int block = c >> kRankLevels << kRankLevels, in_block = c - block, chunk = block + t;
+    const bool there = t < 1 << kRankLevels && chunk < p.num_chunks;
+    const ArrivalState state = there ? p.arrivals[p.slot(lane, chunk)] : ArrivalState{0, 0, 0, INT32_MAX};
+    const uint32_t sealed = __ballot_sync(0xffffffffu, state.sealed != 0), mask = 0xffffffffu >> (31 - in_block);
+    const int begin = 31 - __clz(sealed & mask);  // -1: none
+    const bool counted = t >= begin && t <= in_block;
+    const int count = __reduce_add_sync(0xffffffffu, counted ? state.count : 0),
+              bad_from = __reduce_min_sync(0xffffffffu, counted ? state.bad_from : INT32_MAX);
+    if (t == 0) {
+      const int behind = (sealed & ~mask) == 0 ? 1 << kRankLevels : __ffs(sealed & ~mask) - 1;
+      first_chunk = block + max(begin, 0), end_chunk = min(block + behind, p.num_chunks);
+      p.states[0][p.slot(lane, c)] = {min(count, p.pool_size), begin >= 0, bad_from};
     }
   }
-  if (t == 0) {
-    p.states[0][slot] = {min(total - before, p.pool_size), closing.begin >= first, bad_from};
-    p.any_bad[slot] = bad > 0;
+  constexpr int kOut = INT32_MAX / 2;
+  uint32_t bits[kEach], next[kEach];
+  int position[kEach], rank[kEach];
+  const uint64_t* sorted = p.sorted + p.slot(lane, c) * kMaxChunk + own.before;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int r = n * kRankThreads + t;
+    const uint64_t key = r < own.count ? sorted[r] : ~uint64_t{0};
+    bits[n] = arrival_bits(key);
+    position[n] = c * p.chunk + arrival_time(key) - p.window;
+    rank[n] = r < own.count ? r : kOut;
+  }
+  __syncthreads();
+  const int first = first_chunk, end = end_chunk;
+  const auto load = [&](int chunk) {
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) next[n] = p.sorted_bits[p.slot(lane, chunk) * kSortSize + n * kRankThreads + t];
+  };
+  const auto write = [&](int chunk) {
+    uint64_t* pool = p.pools[0] + p.slot(lane, chunk) * p.pool_size;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      if (rank[n] < p.pool_size) pool[rank[n]] = pool_key(bits[n], position[n]);
+    }
+  };
+  int chunk = c > first ? c - 1 : c, alive = own.count;
+  if (chunk < c) load(chunk);
+#pragma unroll 1
+  while (alive > 0) {
+    if (chunk == c) {  // the older ones are counted
+      write(c);
+      if (++chunk >= end) return;
+      load(chunk);
+    }
+    const int current = chunk;
+    const bool older = current < c;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) staged[n * kRankThreads + t] = next[n];
+    __syncthreads();
+    chunk = older ? (current > first ? current - 1 : c) : current + 1;
+    if (chunk != c && chunk < end) load(chunk);
+    const int reached = alive;
+    alive = 0;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      if (n * kRankThreads + (t & ~31) >= reached) break;
+      const uint32_t last = older ? bits[n] : bits[n] - 1;  // no score's bits are 0
+      int at = 0;
+#pragma unroll
+      for (int step = kSortSize / 2; step > 0; step /= 2) at += staged[at + step - 1] <= last ? step : 0;
+      at += staged[at] <= last;
+      rank[n] = min(rank[n] + at, kOut);
+    }
+    if (!older) write(current);
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {  // ranks ascend: the keys that stay are the first ones
+      if (n * kRankThreads < reached) alive += __syncthreads_count(rank[n] < p.pool_size);
+    }
+    if (!older && chunk >= end) return;
   }
 }
 
@@ -103,6 +203,8 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const __grid_constan
 // its own 2^l. One CTA per tile of the result.
 constexpr int kMergeThreads = 256, kMergeEach = 8, kMergeTile = kMergeThreads * kMergeEach;
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Problem p, int level) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int x = blockIdx.x, c = (x >> level) << (level + 1) | 1 << level | (x & ((1 << level) - 1));
   const int tile = blockIdx.y, lane = blockIdx.z;
   if (c >= p.num_chunks) return;
@@ -176,20 +278,21 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 // tau of the pool behind each chunk. One CTA per (chunk, lane). Both boundaries are monotone searches for f(x) < topk,
 // f(x) = sum clamp(u - x, 0, 1): keys with f(u) < k have u > tau, keys with f(u - 1) < k have u - 1 > tau (at a flat
 // root tau is its right end).
-constexpr int kThresholdThreads = 512, kPrefixes = 4096;
-struct ThresholdShared {  // more than the 48 KB that sm_80 gives without asking
+constexpr int kThresholdThreads = 256, kPrefixes = 1024, kHeads = 4096;
+struct ThresholdShared {
   double prefix_gapped[kPrefixes + kPrefixes / 8 + 1];  // gaps against bank conflicts
   double warp_sum[kThresholdThreads / 32];
-  float head_gapped[kPrefixes + kPrefixes / 8];
+  float head_gapped[kHeads + kHeads / 8];
 };
 __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __grid_constant__ Problem p) {
-  extern __shared__ __align__(16) uint8_t threshold_memory[];
-  auto& shared = *reinterpret_cast<ThresholdShared*>(threshold_memory);
+  __shared__ ThresholdShared shared;
   auto& prefix_gapped = shared.prefix_gapped;
   auto& head_gapped = shared.head_gapped;
   auto& warp_sum = shared.warp_sum;
   const int c = blockIdx.x, lane = blockIdx.y, t = threadIdx.x;
   const int64_t slot = p.slot(lane, c);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const PoolState state = p.states[final_buffer(c)][slot];
   const int count = state.count;
   if (count <= p.topk) {
@@ -202,9 +305,10 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __gr
   int shift = 0;  // one prefix sum every 2^shift keys
   while (count > kPrefixes << shift) ++shift;
   const int stride = 1 << shift, groups = (count + stride - 1) >> shift;
-  for (int n = t; n < min(count, kPrefixes); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
+  #pragma unroll 4
+  for (int n = t; n < min(count, kHeads); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
   __syncthreads();
-  const auto u = [&](int n) { return n < kPrefixes ? head_gapped[n + n / 8] : pool_score(keys[n]); };
+  const auto u = [&](int n) { return n < kHeads ? head_gapped[n + n / 8] : pool_score(keys[n]); };
   const auto prefix = [&](int g) -> double& { return prefix_gapped[g + g / 8]; };
   const float least = pool_score(keys[p.topk - 1]) - 2, most = least + 4;
   const auto value = [&](int n) { return fminf(fmaxf(u(n), least), most) - reference; };

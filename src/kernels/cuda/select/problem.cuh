@@ -1,12 +1,12 @@
 // What the selection kernels share: the problem, rank keys, documents, the states between chunks.
 //
 // A lane is one KV head of one batch row. Its queries are cut into chunks; the key at position i - window becomes a
-// candidate ("arrives") at query i. Three steps (docs/math.md section 7):
+// candidate ("arrives") at query i. Steps (docs/math.md section 7):
 //   1. pools.cuh sort_kernel: each chunk's arrivals by rank.
-//   2. pools.cuh merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk ends are a
-//   scan;
-//      threshold_kernel: tau there.
+//   2. pools.cuh rank_kernel, merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk ends
+//      are a scan; threshold_kernel: tau there.
 //   3. chunk.cuh: inside a chunk everything moves one way from its start to its end (facts a and c).
+//   4. lists.cuh: the lists of far rows, each for one or more chunks.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +20,11 @@ constexpr uint16_t kNever = 0xffff;
 constexpr double kRootMargin =
     1e-9;  // of sum p: closer to topk is topk, so that flat roots are found in spite of rounding
 
+// A chunk's own arrivals that belong to the document of its last query.
+struct ArrivalState {
+  int32_t count, before;     // before: arrivals of documents that end in the chunk, which sort_kernel puts first
+  int32_t sealed, bad_from;  // as PoolState, of this chunk alone
+};
 // The pool behind a chunk's last query, of the document of that query.
 struct PoolState {
   int32_t count;
@@ -45,8 +50,10 @@ struct Problem {
   int32_t* window_begin;         // [batch, seqlen] or null
   LiveLists live;                // rows null: not wanted
   uint64_t* sorted;              // [lanes, num_chunks, kMaxChunk] arrival keys
+  uint32_t* sorted_bits;         // [lanes, num_chunks, sort_size] of those that ArrivalState counts, then UINT32_MAX
+  ArrivalState* arrivals;        // [lanes, num_chunks]
   uint64_t* pools[2];            // [lanes, num_chunks, pool_size] pool keys; which of the two: pool_buffer
-  PoolState* states[2];          // [lanes, num_chunks]
+  PoolState* states[2];          // [lanes, num_chunks]; the second of both only where merge_kernel runs
   PoolThreshold* thresholds;     // [lanes, num_chunks]
   uint8_t* overflow;             // entries of chunks that outgrow shared memory, one part per CTA
   int32_t* any_bad;              // [lanes, num_chunks] whether some score of the chunk's positions is not finite
@@ -54,6 +61,8 @@ struct Problem {
   int64_t overflow_bytes;  // of a part
   int64_t scores_batch, scores_seq, scores_head, out_batch, out_seq, out_head;
   int32_t batch, seqlen, heads, num_documents, topk, window, sinks, pool_size, chunk, num_chunks;
+  int32_t sort_size;  // 256, 512 or 1,024: at least chunk
+  int32_t chunks_per_list, num_lists;
 
   __device__ int64_t slot(int lane, int chunk_index) const {
     return static_cast<int64_t>(lane) * num_chunks + chunk_index;
@@ -64,18 +73,23 @@ struct Problem {
   __device__ int64_t out(int lane, int position) const {
     return lane / heads * out_batch + position * out_seq + lane % heads * out_head;
   }
+  __device__ int expiry_of(int lane, int position) const {
+    return far_end ? far_end[static_cast<int64_t>(lane) * seqlen + position] : expiry[out(lane, position)];
+  }
   __device__ void set_expiry(int lane, int position, int expiry_query) const {
     expiry[out(lane, position)] = expiry_query;
     if (far_end) far_end[static_cast<int64_t>(lane) * seqlen + position] = expiry_query;
   }
 };
 
-// Which of the two buffers holds chunk c's pool once levels 0 .. level - 1 are merged: each merge changes it.
+// rank_kernel scans aligned blocks of 2^kRankLevels chunks, merge_kernel what is longer. Which of the two buffers holds
+// chunk c's pool once levels below `level` are done: each merge changes it.
+constexpr int kRankLevels = 4;
 __device__ __forceinline__ int pool_buffer(int c, int level) {
-  return __popc(c & ((1u << level) - 1)) & 1;
+  return __popc((c & ((1u << level) - 1)) >> kRankLevels) & 1;
 }
 __device__ __forceinline__ int final_buffer(int c) {
-  return __popc(c) & 1;
+  return __popc(c >> kRankLevels) & 1;
 }
 
 // Unsigned integers that ascend where scores descend; -0.0 is +0.0. What is not finite counts as 0 (its rows are

@@ -1,0 +1,112 @@
+// Step 4 of the selection (problem.cuh): the lists of far rows, once every key's expiry is known.
+#pragma once
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/select/problem.cuh"
+
+namespace sparsek::cuda::selection {
+
+// One CTA per (list, lane). Candidates: the pool's first topk keys behind the query before the list's first, that
+// query's document's sinks, and the keys that leave the window at the list's queries.
+constexpr int kListThreads = 512;
+__global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constant__ Problem p) {
+  constexpr int kWarps = kListThreads / 32;
+  __shared__ int class_count[3][kWarps];
+  const int list = blockIdx.x, lane = blockIdx.y, t = threadIdx.x, warp = t / 32, warp_lane = t & 31;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int chunk = list * p.chunks_per_list, first = chunk * p.chunk,
+            length = min(p.chunk * p.chunks_per_list, p.seqlen - first), query_end = first + length;
+  const Document opening = document_of(p, first);
+  const int buffer = final_buffer(chunk - 1);
+  const int64_t before = p.slot(lane, chunk - 1);
+  const bool has_pool = opening.begin < first;
+  const int selected = has_pool ? min(p.topk, p.states[buffer][before].count) : 0;
+  const uint64_t* pool = p.pools[buffer] + (has_pool ? before * p.pool_size : 0);
+  const float tau_first = p.tau[p.out(lane, first)], tau_last = p.tau[p.out(lane, query_end - 1)];
+  // A key is still selected behind the list's last query if it ranks no later than the last one selected there.
+  const int last_chunk = (query_end - 1) / p.chunk, last_buffer = final_buffer(last_chunk);
+  const int64_t last = p.slot(lane, last_chunk);
+  const bool continues = opening.end >= query_end && p.states[last_buffer][last].count >= p.topk;
+  const uint64_t last_selected = continues ? p.pools[last_buffer][last * p.pool_size + p.topk - 1] : 0;
+  const int total = selected + p.sinks + length, each = (total + kListThreads - 1) / kListThreads * 32,
+            from = min(warp * each, total), to = min(from + each, total);
+  // The class of candidate n (kernels/cuda/live_rows.h); -1: no query of the list sees it.
+  const auto candidate = [&](int n, LiveRow& row) {
+    if (n < selected) {
+      const uint64_t key = pool[n];
+      row.row = static_cast<int>(key & 0xffffffffu), row.u = pool_score(key);
+      row.end = key <= last_selected ? query_end : p.expiry_of(lane, row.row);
+    } else if (n < selected + p.sinks) {
+      row.row = opening.begin + n - selected, row.u = INFINITY, row.end = opening.end;
+      if (row.row + p.window >= first || row.row >= opening.end) return -1;
+    } else {
+      const int query = first + n - selected - p.sinks;
+      const Document document = p.cu_seqlens ? document_of(p, query) : opening;
+      row.row = query - p.window;
+      if (row.row < document.begin) return -1;
+      const bool sink = row.row < document.begin + p.sinks;
+      row.u = sink ? INFINITY : p.score(lane, row.row);
+      row.end = sink ? document.end : p.expiry_of(lane, row.row);
+    }
+    row.begin = row.row + p.window;
+    row.end = min(row.end, query_end);
+    if (row.end <= max(row.begin, first)) return -1;
+    if (row.begin > first || row.end < query_end) return 2;
+    if (row.u - tau_last >= 1.0f) return 0;
+    return row.u - tau_first < 1.0f && row.u - tau_last > 0.0f ? 1 : 2;
+  };
+  // Most lists keep what they found; longer ones find it twice.
+  constexpr int kKept = 4;
+  LiveRow row[kKept];
+  int kind[kKept], seen[3] = {0, 0, 0};
+  const auto count = [&](int found) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) seen[k] += __popc(__ballot_sync(0xffffffffu, found == k));
+  };
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) {
+    const int place = from + n * 32 + warp_lane;
+    kind[n] = place < to ? candidate(place, row[n]) : -1;
+  }
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) count(kind[n]);
+#pragma unroll 1
+  for (int base = from + kKept * 32; base < to; base += 32) {
+    LiveRow other;
+    count(base + warp_lane < to ? candidate(base + warp_lane, other) : -1);
+  }
+  if (warp_lane == 0) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) class_count[k][warp] = seen[k];
+  }
+  __syncthreads();
+  int at[3], sum = 0;
+  const int64_t slot = static_cast<int64_t>(lane) * p.num_lists + list;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const int own = warp_lane < kWarps ? class_count[k][warp_lane] : 0;
+    at[k] = sum + __reduce_add_sync(0xffffffffu, warp_lane < warp ? own : 0);
+    sum += __reduce_add_sync(0xffffffffu, own);
+    if (k < 2 && t == 0) p.live.classes[slot * 2 + k] = sum;
+  }
+  if (t == 0) p.live.count[slot] = sum;
+  LiveRow* rows = p.live.rows + slot * p.live.capacity;
+  const auto write = [&](int found, const LiveRow& x) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const uint32_t votes = __ballot_sync(0xffffffffu, found == k);
+      if (found == k) rows[at[k] + __popc(votes & ((1u << warp_lane) - 1))] = x;
+      at[k] += __popc(votes);
+    }
+  };
+#pragma unroll
+  for (int n = 0; n < kKept; ++n) write(kind[n], row[n]);
+#pragma unroll 1
+  for (int base = from + kKept * 32; base < to; base += 32) {
+    LiveRow other;
+    const int found = base + warp_lane < to ? candidate(base + warp_lane, other) : -1;
+    write(found, other);
+  }
+}
+
+}  // namespace sparsek::cuda::selection
