@@ -1,10 +1,11 @@
 // Times selection, attention forward and backward on the GPU through their host functions; tests/kernels/cuda checks
 // them. Usage: bench_attention T heads kv_heads topk window [scores: 0 normal, 1 rising] [backward: 0 no, 1 yes] [far:
-// 0, 1] [repeats]
+// 0, 1] [repeats] [head_dim: 64, 128] [dtype: 0 bf16, 1 fp16]
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
@@ -30,16 +31,19 @@ T* device(int64_t count) {
   return static_cast<T*>(memory);
 }
 
-// Normal values; blocks of 2^22 repeat.
-BFloat16* normal_bf16(int64_t count, int seed, float deviation) {
+// Normal values as bf16 or fp16; blocks of 2^22 repeat.
+uint16_t* normal_values(int64_t count, int seed, float deviation, DType dtype) {
   std::mt19937 engine(seed);
   std::normal_distribution<float> normal(0, deviation);
-  std::vector<BFloat16> block(std::min<int64_t>(count, 1 << 22));
-  for (BFloat16& x : block) x = to_bf16(normal(engine));
-  BFloat16* const data = device<BFloat16>(count);
+  std::vector<uint16_t> block(std::min<int64_t>(count, 1 << 22));
+  for (uint16_t& x : block) {
+    const float value = normal(engine);
+    x = dtype == DType::kBF16 ? to_bf16(value).bits : std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+  }
+  uint16_t* const data = device<uint16_t>(count);
   for (int64_t at = 0; at < count; at += std::ssize(block)) {
     cuda::check_cuda(
-        cudaMemcpy(data + at, block.data(), std::min<int64_t>(std::ssize(block), count - at) * sizeof(BFloat16),
+        cudaMemcpy(data + at, block.data(), std::min<int64_t>(std::ssize(block), count - at) * sizeof(uint16_t),
                    cudaMemcpyHostToDevice),
         "cudaMemcpy");
   }
@@ -80,9 +84,10 @@ int main(int argc, char** argv) {
   const bool rising = argument(6, 0) != 0, backward = argument(7, 1) != 0, far = argument(8, 0) != 0;
   const int repeats = argument(9, 15), chunk = cuda::attention_chunk(heads / kv_heads),
             num_chunks = (seqlen + chunk - 1) / chunk;
-  constexpr int kHeadDim = 128;
-  const int64_t size = int64_t{seqlen} * kv_heads, q_size = int64_t{seqlen} * heads * kHeadDim,
-                k_size = size * kHeadDim;
+  const int head_dim = argument(10, 128);
+  const DType dtype = argument(11, 0) != 0 ? DType::kF16 : DType::kBF16;
+  const int64_t size = int64_t{seqlen} * kv_heads, q_size = int64_t{seqlen} * heads * head_dim,
+                k_size = size * head_dim;
   std::mt19937 engine(5);
   std::normal_distribution<float> normal;
   std::vector<float> scores(size);
@@ -109,17 +114,18 @@ int main(int argc, char** argv) {
 
   AttentionBwdParams params{};
   AttentionFwdParams& fwd = params.fwd;
-  fwd.dtype = DType::kBF16;
-  fwd.q = normal_bf16(q_size, 1, 1.5f), fwd.k = normal_bf16(k_size, 2, 1), fwd.v = normal_bf16(k_size, 3, 1);
-  if (far) fwd.q_far = normal_bf16(q_size, 4, 1), fwd.k_far = normal_bf16(k_size, 5, 1);
+  fwd.dtype = dtype;
+  fwd.q = normal_values(q_size, 1, 1.5f, dtype), fwd.k = normal_values(k_size, 2, 1, dtype),
+  fwd.v = normal_values(k_size, 3, 1, dtype);
+  if (far) fwd.q_far = normal_values(q_size, 4, 1, dtype), fwd.k_far = normal_values(k_size, 5, 1, dtype);
   fwd.scores = rows.row_scores, fwd.tau = tau, fwd.window_begin = rows.window_begin, fwd.far_begin = rows.far_begin,
   fwd.far_end = rows.far_end;
-  fwd.out = device<BFloat16>(q_size), fwd.softmax_lse = device<float>(int64_t{heads} * seqlen);
-  fwd.q_strides = fwd.q_far_strides = fwd.out_strides = {q_size, heads * kHeadDim, kHeadDim};
-  fwd.k_strides = fwd.v_strides = fwd.k_far_strides = {k_size, kv_heads * kHeadDim, kHeadDim};
+  fwd.out = device<uint16_t>(q_size), fwd.softmax_lse = device<float>(int64_t{heads} * seqlen);
+  fwd.q_strides = fwd.q_far_strides = fwd.out_strides = {q_size, heads * head_dim, head_dim};
+  fwd.k_strides = fwd.v_strides = fwd.k_far_strides = {k_size, kv_heads * head_dim, head_dim};
   fwd.batch = 1, fwd.seqlen_q = fwd.seqlen_k = seqlen, fwd.num_heads = heads, fwd.num_kv_heads = kv_heads,
-  fwd.head_dim = kHeadDim;
-  fwd.gate = Gate::kSoft, fwd.softmax_scale = 1 / std::sqrt(static_cast<double>(kHeadDim));
+  fwd.head_dim = head_dim;
+  fwd.gate = Gate::kSoft, fwd.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
   const auto run_select = [&] { cuda::select(select, rows, chunk, select_workspace, nullptr); };
   const auto run_forward = [&] { cuda::attention_forward(fwd, rows.live, nullptr); };
   const Timing t_select = time_of(repeats, run_select), t_forward = time_of(repeats, run_forward),
@@ -129,11 +135,11 @@ int main(int argc, char** argv) {
                                  seqlen, heads, kv_heads, topk, window, rising ? "rising" : "normal", far ? " far" : "",
                                  text(t_select), text(t_forward), text(t_behind), text(t_both));
   if (backward) {
-    params.dout = normal_bf16(q_size, 6, 1), params.dout_strides = fwd.out_strides;
+    params.dout = normal_values(q_size, 6, 1, dtype), params.dout_strides = fwd.out_strides;
     params.frac_begin = select.frac_begin, params.frac_end = select.frac_end;
-    params.dq = device<BFloat16>(q_size), params.dk = device<BFloat16>(k_size), params.dv = device<BFloat16>(k_size),
+    params.dq = device<uint16_t>(q_size), params.dk = device<uint16_t>(k_size), params.dv = device<uint16_t>(k_size),
     params.dscores = device<float>(size);
-    if (far) params.dq_far = device<BFloat16>(q_size), params.dk_far = device<BFloat16>(k_size);
+    if (far) params.dq_far = device<uint16_t>(q_size), params.dk_far = device<uint16_t>(k_size);
     void* const workspace = device<uint8_t>(cuda::attention_backward_workspace_bytes(params, rows.live));
     const auto run_backward = [&] { cuda::attention_backward(params, rows.live, workspace, nullptr); };
     const Timing t_all = time_of(repeats, [&] { run_select(), run_forward(), run_backward(); });

@@ -1,7 +1,7 @@
 // eq. 11: du_j = H_j - (C[b_j] - C[a_j]), C the prefix sum of mbar in double. |F_i| is counted from the intervals.
 #include <algorithm>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/scores/scores.h"
 #include "kernels/cuda/workspace.h"
 
@@ -33,7 +33,16 @@ __device__ __forceinline__ int2 interval(const ScoreGradientParams& p, int64_t r
   return {min(max(p.frac_begin[row], 0), p.seqlen_q), min(max(p.frac_end[row], 0), p.seqlen_q)};
 }
 
+__global__ void __launch_bounds__(kThreads) zero_kernel(int32_t* change, int64_t count) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (i < count) change[i] = 0;
+}
+
 __global__ void __launch_bounds__(kThreads) mark_kernel(const ScoreGradientParams p, const Work w) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int j = blockIdx.x * kThreads + threadIdx.x, rows = p.num_pool_rows + p.seqlen_k;
   if (j >= rows) return;
   const int64_t lane = blockIdx.y;
@@ -64,6 +73,8 @@ __device__ T exclusive_sum(T own, T* warp_sums, T& total) {
 }
 
 __global__ void __launch_bounds__(kThreads) chunk_change_kernel(const ScoreGradientParams p, const Work w) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ int warp_sums[kThreads / 32];
   const int64_t lane = blockIdx.y;
   int own = 0, total;
@@ -76,6 +87,8 @@ __global__ void __launch_bounds__(kThreads) chunk_change_kernel(const ScoreGradi
 }
 
 __global__ void __launch_bounds__(kThreads) mass_kernel(const ScoreGradientParams p, const Work w) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ int warp_counts[kThreads / 32];
   __shared__ double warp_sums[kThreads / 32];
   const int64_t lane = blockIdx.y;
@@ -110,6 +123,8 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const ScoreGradientParam
 
 // One CTA per lane.
 __global__ void __launch_bounds__(kThreads) chunk_mass_kernel(const Work w) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   __shared__ double warp_sums[kThreads / 32];
   double* mass = w.chunk_mass + static_cast<int64_t>(blockIdx.x) * (w.num_chunks + 1);
   double start = 0;
@@ -123,6 +138,8 @@ __global__ void __launch_bounds__(kThreads) chunk_mass_kernel(const Work w) {
 }
 
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const ScoreGradientParams p, const Work w) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int j = blockIdx.x * kThreads + threadIdx.x, rows = p.num_pool_rows + p.seqlen_k;
   if (j >= rows) return;
   const int64_t lane = blockIdx.y;
@@ -149,14 +166,15 @@ void score_gradient(const ScoreGradientParams& params, void* workspace, cudaStre
   Work work;
   carve(params, workspace, work);
   const int64_t lanes = params.lanes;
-  check_cuda(cudaMemsetAsync(work.change, 0, lanes * params.seqlen_q * sizeof(int32_t), stream), "cudaMemsetAsync");
   const dim3 keys((params.num_pool_rows + params.seqlen_k + kThreads - 1) / kThreads, lanes),
       chunks(work.num_chunks, lanes);
-  mark_kernel<<<keys, kThreads, 0, stream>>>(params, work);
-  chunk_change_kernel<<<chunks, kThreads, 0, stream>>>(params, work);
-  mass_kernel<<<chunks, kThreads, 0, stream>>>(params, work);
-  chunk_mass_kernel<<<lanes, kThreads, 0, stream>>>(work);
-  gradient_kernel<<<keys, kThreads, 0, stream>>>(params, work);
+  const int64_t queries = lanes * params.seqlen_q;
+  launch_behind(zero_kernel, (queries + kThreads - 1) / kThreads, kThreads, 0, stream, work.change, queries);
+  launch_behind(mark_kernel, keys, kThreads, 0, stream, params, work);
+  launch_behind(chunk_change_kernel, chunks, kThreads, 0, stream, params, work);
+  launch_behind(mass_kernel, chunks, kThreads, 0, stream, params, work);
+  launch_behind(chunk_mass_kernel, lanes, kThreads, 0, stream, work);
+  launch_behind(gradient_kernel, keys, kThreads, 0, stream, params, work);
   check_cuda(cudaGetLastError(), "score_gradient");
 }
 

@@ -1,7 +1,9 @@
-// dQ of the attention backward, sm_90a, head_dim 128, bf16: query-major, three products a block. Tiles, loading and the
-// union are the forward's. S and dP in registers, dS from registers into dQ += dS K.
+// dQ of the attention backward, sm_90a: query-major, three products a block. Tiles, loading and the union are the
+// forward's. S and dP in registers, dS from registers into dQ += dS K. With far rotary the window's sum is stored
+// before the union's begins: they are the gradients of q and q_far.
 #pragma once
-#include "kernels/cuda/sm90/attention_bwd/kernel.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/sm90/attention_fwd/tiles.cuh"
 
 namespace sparsek::cuda::sm90 {
 
@@ -9,26 +11,33 @@ struct DqParams {
   FwdParams fwd;              // out and lse are not read
   CUtensorMap do_map;         // like fwd.q_map
   const float *lse2, *delta;  // [batch * num_heads, seqlen_q]
-  bf16* dq;
-  float* h_query;  // [batch * num_kv_heads, seqlen_q], zeroed; null: no score gradient
+  Bits16 *dq, *dq_far;        // strides as dq's; dq_far: null without far rotary
+  float* h_query;             // [batch * num_kv_heads, seqlen_q], zeroed; null: no score gradient
   int64_t dq_batch, dq_seq, dq_head;
   float scale;
 };
 
-struct DqShared : LoaderShared<2, 1664, 2, 64> {
-  // q[0]: Q, q[1]: dO
-};
+// q[0]: Q, q[1]: dO, q[2]: Q_far. With far rotary and head_dim 128 there is room for one stage of V.
+template <class ShapeType, bool kFar>
+struct DqShared
+    : LoaderShared<ShapeType, kFar ? 3 : 2, kMaxUnionOthers, 2, kFar && ShapeType::kHeadDim == 128 ? 1 : 2, 64> {};
 
-template <bool kSoft>
+constexpr int kDqProducerRegisters = 56, kDqConsumerRegisters = 224;
+
+template <class ShapeType, bool kSoft, bool kFar>
 struct DqConsumer {
+  using Element = typename ShapeType::Element;
+  using SharedType = DqShared<ShapeType, kFar>;
+  static constexpr int kHeadDim = ShapeType::kHeadDim;
   const DqParams& dp;
   const FwdParams& p;
-  DqShared& s;
+  SharedType& s;
   const int warpgroup, thread;
   int position[2], window_low[2], window_high[2];
   float tau[2], lse2[2], delta[2], h[2];
-  float dq[64];
-  Ring<2> k_at, v_at;
+  float dq[kHeadDim / 2];
+  Ring<SharedType::kStagesK> k_at;
+  Ring<SharedType::kStagesV> v_at;
 
   __device__ void release(uint64_t* barrier) {
     __syncwarp();
@@ -41,7 +50,7 @@ struct DqConsumer {
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const uint32_t offset = (step >> 2) * (kTile * 128) + (step & 3) * 32;
-      ptx::wgmma_m64n128k16_ss(d, a.at(offset), b.at(offset), step != 0);
+      ptx::wgmma_ss<Element, kBlock>(d, a.at(offset), b.at(offset), step != 0);
     }
     ptx::wgmma_commit();
   }
@@ -51,9 +60,27 @@ struct DqConsumer {
 #pragma unroll
     for (int step = 0; step < kBlock / 16; ++step) {
       const uint32_t a[4] = {ds[step * 4], ds[step * 4 + 1], ds[step * 4 + 2], ds[step * 4 + 3]};
-      ptx::wgmma_m64n128k16_rs(dq, a, b.at(step * 16 * 128));
+      ptx::wgmma_rs<Element, kHeadDim>(dq, a, b.at(step * 16 * 128));
     }
     ptx::wgmma_commit();
+  }
+
+  // dq to memory, then zero.
+  __device__ void store(const Tile& t, Bits16* gradient) {
+    const int tile_row = warpgroup * 64 + (thread >> 5) * 16 + ((thread & 31) >> 2), column0 = (thread & 3) * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (position[r] >= 0) {
+        Bits16* out = gradient + t.b * dp.dq_batch + position[r] * dp.dq_seq +
+                      (t.kv * p.group + (tile_row + 8 * r) % p.group) * dp.dq_head + column0;
+#pragma unroll
+        for (int e = 0; e < kHeadDim / 2; e += 4)
+          *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) =
+              ptx::pack<Element>(dq[e + 2 * r] * dp.scale, dq[e + 2 * r + 1] * dp.scale);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kHeadDim / 2; ++e) dq[e] = 0;
   }
 
   __device__ void run_tile(const Tile& t, int done) {
@@ -73,7 +100,7 @@ struct DqConsumer {
       h[r] = 0;
     }
 #pragma unroll
-    for (int e = 0; e < 64; ++e) dq[e] = 0;
+    for (int e = 0; e < kHeadDim / 2; ++e) dq[e] = 0;
     const int band_blocks = (t.band_rows + kBlock - 1) / kBlock;
     const int inner_low = p.window_begin[static_cast<int64_t>(t.b) * p.seqlen_q + t.last],
               inner_high = p.num_carried + t.first;
@@ -86,157 +113,166 @@ struct DqConsumer {
       num_full = s.num_full[buffer];
       blocks = band_blocks + (s.num_far[buffer] + kBlock - 1) / kBlock;
     };
-    if (band_blocks == 1) learn_union();
-    float x[64], y[64];  // S then P, dP
+    if (!kFar && band_blocks == 1) learn_union();
     ptx::barrier_wait(&s.q_full, done & 1);
-    ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
-    issue_product(x, s.q[0], s.k[k_at.stage]);
-    ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
-    issue_product(y, s.q[1], s.v[v_at.stage]);
-    ptx::wgmma_wait<1>();
+    float x[64], y[64];  // S then P, dP
+                         // One pass over all blocks; with far rotary one over the window's and one over the union's.
 #pragma unroll 1
-    for (int n = 0;; ++n) {
-      const int first = n < band_blocks ? t.band_begin + n * kBlock : (n - band_blocks) * kBlock;
+    for (bool far = false;; far = true) {
+      const uint8_t* queries = s.q[far ? SharedType::kNumQueries - 1 : 0];
+      int n = far ? band_blocks : 0;
+      if (n < blocks) {
+        ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
+        if (far) ptx::fence_proxy_async();
+        issue_product(x, queries, s.k[k_at.stage]);
+        ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
+        if (far) ptx::fence_proxy_async();
+        issue_product(y, s.q[1], s.v[v_at.stage]);
+        ptx::wgmma_wait<1>();
+#pragma unroll 1
+        for (;; ++n) {
+          const int first = n < band_blocks ? t.band_begin + n * kBlock : (n - band_blocks) * kBlock;
 #pragma unroll
-      for (int e = 0; e < 64; ++e) x[e] = ptx::exp2_approx(x[e] * p.scale_log2 - lse2[(e >> 1) & 1]);
-      if (n < band_blocks) {
-        if (!full_tile || first < inner_low || first + kBlock - 1 > inner_high) {
+          for (int e = 0; e < 64; ++e) x[e] = ptx::exp2_approx(x[e] * p.scale_log2 - lse2[(e >> 1) & 1]);
+          if (n < band_blocks) {
+            if (!full_tile || first < inner_low || first + kBlock - 1 > inner_high) {
 #pragma unroll
-          for (int e = 0; e < 64; ++e) {
-            const int r = (e >> 1) & 1, row = first + (e >> 2) * 8 + column0 + (e & 1);
-            if (row < window_low[r] || row > window_high[r]) x[e] = 0;
-          }
-        }
-      } else if (first + kBlock > num_full || !full_tile) {
-        const int query[2] = {position[0] - t.first, position[1] - t.first};
-#pragma unroll
-        for (int e = 0; e < 64; e += 4) {
-          const uint32_t both = *reinterpret_cast<const uint32_t*>(&s.interval[buffer][first + (e >> 2) * 8 + column0]);
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const uint32_t begin = (both >> (16 * c)) & 255, length = (both >> (16 * c + 8)) & 255;
-            if (query[0] - begin >= length) x[e + c] = 0;
-            if (query[1] - begin >= length) x[e + 2 + c] = 0;
-          }
-        }
-      }
-      ptx::wgmma_wait<0>();
-      release(&s.v_empty[v_at.stage]);
-      v_at.next();
-      uint32_t ds[32];
-      if (n >= band_blocks && first + kBlock > num_plain) {
-#pragma unroll
-        for (int e = 0; e < 64; e += 4) {
-          const float2 u = *reinterpret_cast<const float2*>(&s.u[buffer][first + (e >> 2) * 8 + column0]);
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            float value[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const float probability = x[e + 2 * r + c], weight = (c == 0 ? u.x : u.y) - tau[r];
-              float gated = y[e + 2 * r + c];
-              h[r] += weight > 0 && weight < 1 ? probability * gated : 0.0f;
-              if (kSoft) gated *= __saturatef(weight);
-              value[c] = probability * (gated - delta[r]);
+              for (int e = 0; e < 64; ++e) {
+                const int r = (e >> 1) & 1, row = first + (e >> 2) * 8 + column0 + (e & 1);
+                if (row < window_low[r] || row > window_high[r]) x[e] = 0;
+              }
             }
-            ds[e / 2 + r] = ptx::pack_bf16(value[0], value[1]);
-          }
-        }
-      } else {
+          } else if (first + kBlock > num_full || !full_tile) {
+            const int query[2] = {position[0] - t.first, position[1] - t.first};
 #pragma unroll
-        for (int e = 0; e < 64; e += 2) {
-          const int r = (e >> 1) & 1;
-          ds[e >> 1] = ptx::pack_bf16(x[e] * (y[e] - delta[r]), x[e + 1] * (y[e + 1] - delta[r]));
+            for (int e = 0; e < 64; e += 4) {
+              const uint32_t both =
+                  *reinterpret_cast<const uint32_t*>(&s.interval[buffer][first + (e >> 2) * 8 + column0]);
+#pragma unroll
+              for (int c = 0; c < 2; ++c) {
+                const uint32_t begin = (both >> (16 * c)) & 255, length = (both >> (16 * c + 8)) & 255;
+                if (query[0] - begin >= length) x[e + c] = 0;
+                if (query[1] - begin >= length) x[e + 2 + c] = 0;
+              }
+            }
+          }
+          ptx::wgmma_wait<0>();
+          release(&s.v_empty[v_at.stage]);
+          v_at.next();
+          uint32_t ds[32];
+          if (n >= band_blocks && first + kBlock > num_plain) {
+#pragma unroll
+            for (int e = 0; e < 64; e += 4) {
+              const float2 u = *reinterpret_cast<const float2*>(&s.u[buffer][first + (e >> 2) * 8 + column0]);
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                float value[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                  const float probability = x[e + 2 * r + c], weight = (c == 0 ? u.x : u.y) - tau[r];
+                  float gated = y[e + 2 * r + c];
+                  h[r] += weight > 0 && weight < 1 ? probability * gated : 0.0f;
+                  if (kSoft) gated *= __saturatef(weight);
+                  value[c] = probability * (gated - delta[r]);
+                }
+                ds[e / 2 + r] = ptx::pack<Element>(value[0], value[1]);
+              }
+            }
+          } else {
+#pragma unroll
+            for (int e = 0; e < 64; e += 2) {
+              const int r = (e >> 1) & 1;
+              ds[e >> 1] = ptx::pack<Element>(x[e] * (y[e] - delta[r]), x[e + 1] * (y[e + 1] - delta[r]));
+            }
+          }
+          if (!kFar && n == band_blocks - 1 && n > 0) learn_union();
+          const uint8_t* keys = s.k[k_at.stage];
+          uint64_t* k_empty = &s.k_empty[k_at.stage];
+          k_at.next();
+          if (n + 1 == blocks) {
+            if (!kFar) {
+              release(&s.q_empty);
+              release(&s.union_empty[buffer]);
+            }
+            issue_dq(ds, keys);
+            ptx::wgmma_wait<0>();
+            release(k_empty);
+            break;
+          }
+          ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
+          if (n + 1 >= band_blocks) ptx::fence_proxy_async();
+          issue_product(x, queries, s.k[k_at.stage]);
+          issue_dq(ds, keys);
+          ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
+          if (n + 1 >= band_blocks) ptx::fence_proxy_async();
+          ptx::wgmma_wait<0>();
+          release(k_empty);
+          issue_product(y, s.q[1], s.v[v_at.stage]);
         }
       }
-      if (n == band_blocks - 1 && n > 0) learn_union();
-      const uint8_t* keys = s.k[k_at.stage];
-      uint64_t* k_empty = &s.k_empty[k_at.stage];
-      k_at.next();
-      if (n + 1 == blocks) {
-        release(&s.q_empty);
-        release(&s.union_empty[buffer]);
-        issue_dq(ds, keys);
-        ptx::wgmma_wait<0>();
-        release(k_empty);
-        break;
-      }
-      ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
-      if (n + 1 >= band_blocks) ptx::fence_proxy_async();
-#ifdef DQ_PINGPONG
-      asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory");
-#endif
-      issue_product(x, s.q[0], s.k[k_at.stage]);
-      issue_dq(ds, keys);
-#ifdef DQ_PINGPONG
-      asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory");
-#endif
-      ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
-      if (n + 1 >= band_blocks) ptx::fence_proxy_async();
-      ptx::wgmma_wait<0>();
-      release(k_empty);
-      issue_product(y, s.q[1], s.v[v_at.stage]);
+      store(t, far ? dp.dq_far : dp.dq);
+      if (!kFar || far) break;
+      learn_union();
+    }
+    if (kFar) {
+      release(&s.q_empty);
+      release(&s.union_empty[buffer]);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       h[r] += __shfl_xor_sync(0xffffffffu, h[r], 1);
       h[r] += __shfl_xor_sync(0xffffffffu, h[r], 2);
-      if (position[r] < 0) continue;
-      bf16* out = dp.dq + t.b * dp.dq_batch + position[r] * dp.dq_seq +
-                  (t.kv * p.group + (tile_row + 8 * r) % p.group) * dp.dq_head + column0;
-#pragma unroll
-      for (int e = 0; e < 64; e += 4)
-        *reinterpret_cast<uint32_t*>(out + (e >> 2) * 8) =
-            ptx::pack_bf16(dq[e + 2 * r] * dp.scale, dq[e + 2 * r + 1] * dp.scale);
-      if (dp.h_query != nullptr && (thread & 3) == 0)
+      if (dp.h_query != nullptr && (thread & 3) == 0 && position[r] >= 0)
         ptx::add_global(dp.h_query + head * p.seqlen_q + position[r], h[r]);
     }
   }
 };
 
-template <bool kSoft>
+template <class ShapeType, bool kSoft, bool kFar>
 __global__ void __launch_bounds__(384, 1) attention_bwd_dq_kernel(const __grid_constant__ DqParams dp) {
+  using SharedType = DqShared<ShapeType, kFar>;
   extern __shared__ uint8_t raw[];
-  DqShared& s = *reinterpret_cast<DqShared*>(raw);
+  SharedType& s = *reinterpret_cast<SharedType*>(raw);
   const FwdParams& p = dp.fwd;
   const int total_tiles = (p.seqlen_q + p.positions_per_tile - 1) / p.positions_per_tile * p.batch * p.num_kv_heads;
   if (threadIdx.x == 0) s.initialise();
   // Rows that no tile fills must hold numbers.
-  for (int n = threadIdx.x; n < 2 * kTileBytes / 16; n += blockDim.x)
+  for (int n = threadIdx.x; n < SharedType::kNumQueries * ShapeType::kTileBytes / 16; n += blockDim.x)
     reinterpret_cast<int4*>(s.q)[n] = int4{0, 0, 0, 0};
   ptx::fence_proxy_async();
   __syncthreads();
+  // Nothing here waits for the dk kernel, which let this one start when all before it had ended.
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  let_next_kernel_start();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::registers_decrease<40>();
+    ptx::registers_decrease<kDqProducerRegisters>();
     // Warps 2 and 3 build the next tile's union while warps 0 and 1 load the band; all gather.
-    Loader<DqShared> loader{p,          s,        &p.q_map,
-                            &dp.do_map, p.k,      static_cast<int>(p.k_seq) * 2,
-                            p.k_batch,  p.k_head, static_cast<int>(threadIdx.x)};
-    Builder<true, DqShared> builder{p, s, static_cast<int>(threadIdx.x / 32) - 2, static_cast<int>(threadIdx.x % 32)};
+    Loader<SharedType, kFar> loader{p, s, {&p.q_map, &dp.do_map}, static_cast<int>(threadIdx.x)};
+    if (kFar) loader.q_maps[SharedType::kNumQueries - 1] = &p.q_far_map;
+    Builder<true, SharedType> builder{p, s, static_cast<int>(threadIdx.x / 32) - 2, static_cast<int>(threadIdx.x % 32)};
     const bool builds = threadIdx.x >= 64;
-    if (builds) builder.one(blockIdx.x, 0);
-    int done = 0;
-    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done) {
-      const Tile t(p, index);
-      if (!builds) {
-        loader.band(t, done);
-      } else {
-        loader.skip(t);
-        if (index + static_cast<int>(gridDim.x) < total_tiles) builder.one(index + gridDim.x, done + 1);
+    for (int done = -1, index = 0;; ++done) {
+      const int next = tile_of_round(done + 1);
+      if (builds && next < total_tiles) builder.one(next, done + 1);
+      if (done >= 0) {
+        const Tile t(p, index);
+        if (builds)
+          loader.skip(t);
+        else
+          loader.band(t, done);
+        // The waits of far() know one phase of the stages: be no more than that behind.
+        asm volatile("bar.sync 2, 128;" ::: "memory");
+        loader.far(t, done);
       }
-      // The waits of far() know one phase of the stages: be no more than that behind.
-      asm volatile("bar.sync 2, 128;" ::: "memory");
-      loader.far(t, done);
+      if (next >= total_tiles) break;
+      index = next;
     }
+    wait_for_previous_kernel();  // whoever waits for this kernel waits for both
   } else {
-    ptx::registers_increase<232>();
-    DqConsumer<kSoft> consumer{dp, p, s, warpgroup - 1, static_cast<int>(threadIdx.x % 128)};
-#ifdef DQ_PINGPONG
-    if (warpgroup == 2) asm volatile("bar.arrive 4, 256;" ::: "memory");
-#endif
-    int done = 0;
-    for (int index = blockIdx.x; index < total_tiles; index += gridDim.x, ++done)
+    ptx::registers_increase<kDqConsumerRegisters>();
+    DqConsumer<ShapeType, kSoft, kFar> consumer{dp, p, s, warpgroup - 1, static_cast<int>(threadIdx.x % 128)};
+    for (int done = 0, index; (index = tile_of_round(done)) < total_tiles; ++done)
       consumer.run_tile(Tile(p, index), done);
   }
 }

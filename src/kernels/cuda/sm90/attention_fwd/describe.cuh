@@ -1,15 +1,17 @@
 // From the params struct to what the kernels read: strides, tiles, tensor maps.
 #pragma once
-#include "kernels/cuda/launch.h"
+#include <algorithm>
+
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/sm90/attention.h"
-#include "kernels/cuda/sm90/attention_fwd/kernel.cuh"
+#include "kernels/cuda/sm90/attention_fwd/tiles.cuh"
 
 namespace sparsek::cuda::sm90 {
 
-// Boxes of `rows` x `heads` x 64 elements of a [batch, seq, heads, 128] tensor; dimensions in the order 128, heads,
-// seq, batch, or with `rows_first` 128, seq, heads, batch.
-inline CUtensorMap tensor_map(const void* data, const Strides& strides, int batch, int seqlen, int num_heads, int rows,
-                              int heads, bool rows_first) {
+// Boxes of `rows` x `heads` x 64 elements of a [batch, seq, heads, head_dim] tensor of 2-byte elements (TMA copies bits);
+// dimensions in the order head_dim, heads, seq, batch, or with `rows_first` head_dim, seq, heads, batch.
+inline CUtensorMap tensor_map(const void* data, const Strides& strides, int batch, int seqlen, int num_heads,
+                              int head_dim, int rows, int heads, bool rows_first) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -21,9 +23,9 @@ inline CUtensorMap tensor_map(const void* data, const Strides& strides, int batc
     return reinterpret_cast<Encode>(function);
   }();
   const auto size = [](int n) { return static_cast<cuuint64_t>(n); };
-  const cuuint64_t seq_bytes = strides.seq * sizeof(bf16), head_bytes = strides.head * sizeof(bf16),
-                   batch_bytes = strides.batch * sizeof(bf16);
-  const cuuint64_t dims[4] = {kHeadDim, size(rows_first ? seqlen : num_heads), size(rows_first ? num_heads : seqlen),
+  const cuuint64_t seq_bytes = strides.seq * sizeof(Bits16), head_bytes = strides.head * sizeof(Bits16),
+                   batch_bytes = strides.batch * sizeof(Bits16);
+  const cuuint64_t dims[4] = {size(head_dim), size(rows_first ? seqlen : num_heads), size(rows_first ? num_heads : seqlen),
                               size(batch)};
   const cuuint64_t steps[3] = {rows_first ? seq_bytes : head_bytes, rows_first ? head_bytes : seq_bytes, batch_bytes};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows_first ? rows : heads),
@@ -47,13 +49,13 @@ inline FwdParams describe(const AttentionFwdParams& params, const LiveLists& liv
   const bool far = params.q_far != nullptr;
   p.group = params.num_heads / params.num_kv_heads;
   p.positions_per_tile = positions_per_tile(p.group);
-  p.q = static_cast<const bf16*>(params.q), p.k = static_cast<const bf16*>(params.k),
-  p.v = static_cast<const bf16*>(params.v);
-  p.q_far = far ? static_cast<const bf16*>(params.q_far) : p.q,
-  p.k_far = far ? static_cast<const bf16*>(params.k_far) : p.k;
+  p.q = static_cast<const Bits16*>(params.q), p.k = static_cast<const Bits16*>(params.k),
+  p.v = static_cast<const Bits16*>(params.v);
+  p.q_far = far ? static_cast<const Bits16*>(params.q_far) : p.q,
+  p.k_far = far ? static_cast<const Bits16*>(params.k_far) : p.k;
   p.scores = static_cast<const float*>(params.scores), p.tau = static_cast<const float*>(params.tau);
   p.window_begin = params.window_begin, p.far_begin = params.far_begin, p.far_end = params.far_end;
-  p.out = static_cast<bf16*>(params.out), p.lse = static_cast<float*>(params.softmax_lse);
+  p.out = static_cast<Bits16*>(params.out), p.lse = static_cast<float*>(params.softmax_lse);
   const Strides &q = params.q_strides, &k = params.k_strides, &v = params.v_strides, &o = params.out_strides;
   const Strides &qf = far ? params.q_far_strides : q, &kf = far ? params.k_far_strides : k;
   p.q_batch = q.batch, p.q_seq = q.seq, p.q_head = q.head, p.k_batch = k.batch, p.k_seq = k.seq, p.k_head = k.head;
@@ -66,11 +68,12 @@ inline FwdParams describe(const AttentionFwdParams& params, const LiveLists& liv
   p.chunk = attention_chunk(p.group);
   p.num_chunks = (p.seqlen_q + p.chunk - 1) / p.chunk;
   p.live = live.rows, p.live_count = live.count, p.live_capacity = live.capacity;
+  p.soft = params.gate == Gate::kSoft, p.far = far;
   p.scale_log2 = static_cast<float>(params.softmax_scale * 1.4426950408889634);
-  p.k_map = tensor_map(p.k, k, p.batch, p.seqlen_k, p.num_kv_heads, kBlock, 1, true);
-  p.v_map = tensor_map(p.v, v, p.batch, p.seqlen_k, p.num_kv_heads, kBlock, 1, true);
-  p.q_map = tensor_map(p.q, q, p.batch, p.seqlen_q, p.num_heads, p.positions_per_tile, p.group, false);
-  p.q_far_map = tensor_map(p.q_far, qf, p.batch, p.seqlen_q, p.num_heads, p.positions_per_tile, p.group, false);
+  p.k_map = tensor_map(p.k, k, p.batch, p.seqlen_k, p.num_kv_heads, params.head_dim, kBlock, 1, true);
+  p.v_map = tensor_map(p.v, v, p.batch, p.seqlen_k, p.num_kv_heads, params.head_dim, kBlock, 1, true);
+  p.q_map = tensor_map(p.q, q, p.batch, p.seqlen_q, p.num_heads, params.head_dim, p.positions_per_tile, p.group, false);
+  p.q_far_map = tensor_map(p.q_far, qf, p.batch, p.seqlen_q, p.num_heads, params.head_dim, p.positions_per_tile, p.group, false);
   return p;
 }
 
@@ -78,14 +81,6 @@ inline int num_tile_ctas(const FwdParams& p) {
   const int64_t tiles =
       int64_t{(p.seqlen_q + p.positions_per_tile - 1) / p.positions_per_tile} * p.batch * p.num_kv_heads;
   return static_cast<int>(tiles < num_multiprocessors() ? tiles : num_multiprocessors());
-}
-
-template <class Kernel, class Params>
-void launch_with_shared(Kernel kernel, int ctas, int threads, size_t shared_bytes, const Params& params,
-                        cudaStream_t stream) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-             "cudaFuncSetAttribute");
-  kernel<<<ctas, threads, shared_bytes, stream>>>(params);
 }
 
 }  // namespace sparsek::cuda::sm90
