@@ -24,6 +24,7 @@ else()
   find_package(PkgConfig REQUIRED)
   pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
   pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)  # NFC, which the Qwen tokenizers want
+  find_package(ZLIB REQUIRED)  # .gz corpora
   set(SPARSEK_FMT fmt::fmt)
 endif()
 if(SPARSEK_CUDA)

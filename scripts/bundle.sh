@@ -12,7 +12,7 @@ for argument in "$@"; do
     *) output=$argument ;;
   esac
 done
-packages=(libfmt-dev nlohmann-json3-dev libcli11-dev libpcre2-dev libutf8proc-dev libgtest-dev libgmock-dev)
+packages=(libfmt-dev nlohmann-json3-dev libcli11-dev libpcre2-dev libutf8proc-dev zlib1g-dev libgtest-dev libgmock-dev)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bundle=$work/sparsek-bundle
@@ -20,8 +20,8 @@ mkdir -p "$bundle"/{include,lib,licenses}
 
 include=/usr/include lib=$(pkg-config --variable=libdir libpcre2-8)
 cp -r "$include"/{fmt,nlohmann,CLI,gtest,gmock} "$bundle/include/"
-cp "$include"/{pcre2.h,utf8proc.h} "$bundle/include/"
-cp "$lib"/{libpcre2-8.a,libutf8proc.a,libgtest.a,libgtest_main.a,libgmock.a} "$bundle/lib/"
+cp "$include"/{pcre2.h,utf8proc.h,zlib.h,zconf.h} "$bundle/include/"
+cp "$lib"/{libpcre2-8.a,libutf8proc.a,libz.a,libgtest.a,libgtest_main.a,libgmock.a} "$bundle/lib/"
 for package in "${packages[@]}"; do cp -L "/usr/share/doc/$package/copyright" "$bundle/licenses/$package"; done
 cp LICENSE "$bundle/licenses/sparsek"
 

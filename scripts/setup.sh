@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 system=() python=() cuda=0
 build() {
   system+=(g++ cmake ninja-build pkg-config python3 python3-venv ccache mold libfmt-dev nlohmann-json3-dev libcli11-dev
-           libpcre2-dev libtomlplusplus-dev libutf8proc-dev libgtest-dev libgmock-dev)
+           libpcre2-dev libtomlplusplus-dev libutf8proc-dev zlib1g-dev libgtest-dev libgmock-dev)
   python+=(torch==2.13.0 numpy==2.4.6)
 }
 for what in "$@"; do

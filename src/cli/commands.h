@@ -46,6 +46,21 @@ struct InspectConfig {
 };
 int run_inspect(const InspectConfig& config);
 
+struct TokenizeConfig {
+  std::vector<std::string> inputs;  // files, folders, patterns
+  std::vector<std::string> suffixes;
+  std::string model;  // whose tokenizer
+  std::string out;
+  std::string field = "text";
+  std::string end_token = "auto";
+  bool parse_special = false;
+  bool skip_bad_lines = false;
+  int64_t shard_mib = 128;
+  int64_t threads = 0;  // 0: one a core
+  bool json = false;
+};
+int run_tokenize(const TokenizeConfig& config);
+
 struct BenchAttentionConfig {
   std::vector<int64_t> seqlens{2048, 8192, 32768};
   int64_t num_heads = 9, num_kv_heads = 3, head_dim = 64, topk = 512, window_size = 512, num_sinks = 0;

@@ -101,6 +101,38 @@ void add_perplexity(CLI::App& app, PerplexityConfig& config, AttentionFlags& fla
   command.add_flag("--json", config.json, "one JSON object instead of a table");
 }
 
+void add_tokenize(CLI::App& app, TokenizeConfig& config) {
+  CLI::App& command = *app.add_subcommand("tokenize", "A corpus to token shards, which training reads");
+  command
+      .add_option(
+          "inputs", config.inputs,
+          "files, folders (with all below them) and patterns in quotes: .txt, .md, .rst (a file is a document), "
+          ".jsonl (a line is one), each also as .gz")
+      ->required();
+  command
+      .add_option("--model", config.model,
+                  "whose tokenizer: GGUF file, Hugging Face folder, tokenizer.json, or smollm2")
+      ->required();
+  command.add_option("--out", config.out, "folder of the shards: new, empty, or that of a run to go on with")
+      ->required();
+  command.add_option("--field", config.field, "of .jsonl lines, which holds the text")->capture_default_str();
+  command.add_option("--suffix", config.suffixes, "a further ending of texts, such as .py; may be repeated");
+  command.add_option("--end-token", config.end_token, "after each document: auto, none, or a special token's text")
+      ->capture_default_str();
+  command.add_flag("--parse-special", config.parse_special,
+                   "special tokens in the text are these tokens, not pieces of text");
+  command.add_flag("--skip-bad-lines", config.skip_bad_lines,
+                   "leave out and count .jsonl lines that are no JSON or lack the field");
+  add_count(command, "--shard-mib", config.shard_mib, "MiB of text in a shard");
+  add_count(command, "--threads", config.threads, "threads; 0: one a core");
+  command.add_flag("--json", config.json, "one JSON object instead of a table");
+  command.footer(
+      "Examples:\n"
+      "  sparsek tokenize docs README.md --model smollm2 --out shards\n"
+      "  sparsek tokenize 'src/*/*.cc' --suffix .cc --model smollm2 --out code-shards --end-token none\n"
+      "A run that ended early goes on when it is started again; the shards are the same.");
+}
+
 void add_inspect(CLI::App& app, InspectConfig& config, AttentionFlags& flags) {
   CLI::App& command = *app.add_subcommand("inspect", "What a model file holds, and the memory a run takes");
   add_attention_options(command, config.model, flags);
@@ -167,11 +199,13 @@ int run(int argc, char** argv, std::string& advice) {
   GenerateConfig generate;
   PerplexityConfig perplexity;
   InspectConfig inspect;
+  TokenizeConfig tokenize;
   BenchAttentionConfig bench_attention;
   BenchModelConfig bench_model;
   add_generate(app, generate, flags);
   add_perplexity(app, perplexity, flags);
   add_inspect(app, inspect, flags);
+  add_tokenize(app, tokenize);
   CLI::App& bench = *app.add_subcommand("bench", "Timings");
   bench.require_subcommand(1);
   const CLI::App* attention_command = add_bench_attention(bench, bench_attention);
@@ -191,6 +225,7 @@ int run(int argc, char** argv, std::string& advice) {
   if (app.got_subcommand("generate")) return run_generate(generate);
   if (app.got_subcommand("perplexity")) return run_perplexity(perplexity);
   if (app.got_subcommand("inspect")) return run_inspect(inspect);
+  if (app.got_subcommand("tokenize")) return run_tokenize(tokenize);
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }
 

@@ -33,6 +33,17 @@ Bpe::Bpe(const std::array<TokenId, 256>& byte_ids, std::vector<Merge> merges, st
   }
 }
 
+std::vector<Bpe::Merge> Bpe::merges() const {
+  std::vector<Merge> merges(static_cast<size_t>(
+      std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.rank != kNoRank; })));
+  for (const Slot& slot : slots_) {
+    if (slot.rank == kNoRank) continue;
+    merges[slot.rank] = {static_cast<TokenId>(slot.pair >> 32), static_cast<TokenId>(slot.pair & 0xffffffffu),
+                         slot.merged};
+  }
+  return merges;
+}
+
 const Bpe::Slot* Bpe::find(TokenId left, TokenId right) const {
   const uint64_t pair = pair_of(left, right);
   for (size_t i = spread(pair) >> shift_;; i = (i + 1) & (slots_.size() - 1)) {

@@ -41,6 +41,9 @@ class Bpe {
       bool fuse_unknown);
 
   TokenId byte_id(uint8_t byte) const { return byte_ids_[byte]; }
+  std::vector<Merge> merges() const;  // by rank
+  std::optional<TokenId> unknown() const { return unknown_; }
+  bool fuse_unknown() const { return fuse_unknown_; }
   void encode(std::string_view piece, std::vector<TokenId>& out, Scratch& scratch) const;
 
  private:

@@ -7,6 +7,7 @@
 #include <functional>
 #include <utility>
 
+#include "base/error.h"
 #include "data/normaliser.h"
 #include "data/tokenizer.h"
 #include "data/tokenizer_tables.h"
@@ -230,6 +231,37 @@ void Encoder::push(std::string_view chunk, std::vector<TokenId>& out) {
 void Encoder::finish(std::vector<TokenId>& out) {
   state_->search_fixed(TextEnd::kFinal, out);
   state_->end_text(out);
+}
+
+std::string Encoder::save() const {
+  std::string saved;
+  for (const std::string_view held : {std::string_view(state_->raw), std::string_view(state_->incomplete),
+                                      std::string_view(state_->run), std::string_view(state_->normaliser.held())}) {
+    const auto size = static_cast<uint32_t>(held.size());
+    saved.append(reinterpret_cast<const char*>(&size), sizeof(size));
+    saved += held;
+  }
+  return saved;
+}
+
+void Encoder::restore(std::string_view saved) {
+  std::string held[4];
+  for (std::string& text : held) {
+    uint32_t size = 0;
+    const bool has_size = saved.size() >= sizeof(size);
+    if (has_size) std::memcpy(&size, saved.data(), sizeof(size));
+    if (!has_size || saved.size() - sizeof(size) < size) throw_data("expected a saved encoder, found a damaged one");
+    text = saved.substr(sizeof(size), size);
+    saved.remove_prefix(sizeof(size) + size);
+  }
+  // The last two are taken as valid UTF-8 by all that follows.
+  const bool is_text = utf8_valid_prefix(held[2]) == held[2].size() && utf8_valid_prefix(held[3]) == held[3].size();
+  if (!saved.empty() || !is_text) throw_data("expected a saved encoder, found a damaged one");
+  state_->raw = std::move(held[0]);
+  state_->incomplete = std::move(held[1]);
+  state_->run = std::move(held[2]);
+  state_->normaliser = NfcNormaliser(std::move(held[3]));
+  state_->wait_until = 0;
 }
 
 }  // namespace sparsek

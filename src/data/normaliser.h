@@ -5,11 +5,16 @@
 #pragma once
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace sparsek {
 
 class NfcNormaliser {
  public:
+  NfcNormaliser() = default;
+  explicit NfcNormaliser(std::string held) : held_(std::move(held)) {}  // goes on where one with this held() stood
+  const std::string& held() const { return held_; }
+
   // Appends to `out` what is certain of the text so far. `text` is valid UTF-8, cut between characters.
   void push(std::string_view text, std::string& out);
   void finish(std::string& out);  // appends the rest

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/sha256.h"
 #include "data/tokenizer_tables.h"
 #include "data/utf8.h"
 
@@ -71,6 +72,35 @@ std::vector<uint8_t> Tokenizer::missing_bytes() const {
     if (tables_->bpe.byte_id(static_cast<uint8_t>(byte)) < 0) missing.push_back(static_cast<uint8_t>(byte));
   }
   return missing;
+}
+
+std::string Tokenizer::fingerprint() const {
+  Sha256 hash;
+  const auto add_number = [&hash](int64_t value) {
+    hash.update({reinterpret_cast<const uint8_t*>(&value), sizeof(value)});
+  };
+  const auto add_text = [&](std::string_view text) {
+    add_number(static_cast<int64_t>(text.size()));
+    hash.update(text);
+  };
+  add_text(name(tables_->pretokenizer.kind()));
+  add_number(tables_->has_nfc);
+  add_number(!tables_->whole_pieces.empty());
+  add_number(vocab_size());
+  for (TokenId id = 0; id < vocab_size(); ++id) add_text(token_bytes(id));
+  for (const TokenizerTables::FixedToken& token : tables_->fixed) {
+    add_text(token.text);
+    add_number(token.id);
+    add_number(token.is_control);
+  }
+  const Bpe& bpe = tables_->bpe;
+  for (int byte = 0; byte < 256; ++byte) add_number(bpe.byte_id(static_cast<uint8_t>(byte)));
+  add_number(bpe.unknown().value_or(-1));
+  add_number(bpe.fuse_unknown());
+  for (const Bpe::Merge& merge : bpe.merges()) {
+    for (const TokenId id : {merge.left, merge.right, merge.merged}) add_number(id);
+  }
+  return hash.hex();
 }
 
 void Tokenizer::check_model_vocab(int64_t num_rows, std::string_view model_path) const {

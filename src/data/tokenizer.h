@@ -45,6 +45,9 @@ class Tokenizer {
   const std::vector<TokenId>& end_ids() const;  // ids that end a generated text, ascending
   const std::optional<std::string>& chat_template() const;
   std::vector<uint8_t> missing_bytes() const;  // bytes that no token stands for; encode() drops them
+  // SHA-256 of what decides the ids of a text: tokens, merges, splitting. The same for a GGUF file and a tokenizer.json
+  // of one tokenizer; BOS, end tokens and chat template do not count.
+  std::string fingerprint() const;
 
   // Throws DataError when an id of this tokenizer has no row in an embedding table of `num_rows` rows.
   void check_model_vocab(int64_t num_rows, std::string_view model_path) const;
@@ -67,6 +70,11 @@ class Encoder {
 
   void push(std::string_view chunk, std::vector<TokenId>& out);  // appends the ids that are certain by now
   void finish(std::vector<TokenId>& out);                        // appends the rest; the encoder is then as new
+
+  // What it holds back, as bytes, at most some MiB: an encoder of the same tokenizer that restores them goes on where
+  // this one stands. Throws DataError for bytes that save() does not write.
+  std::string save() const;
+  void restore(std::string_view saved);
 
  private:
   struct State;

@@ -12,8 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Under /usr/include and the library folder: what the bundle replaces.
-HEADERS = ("fmt", "nlohmann", "CLI", "gtest", "gmock", "pcre2.h", "utf8proc.h")
-LIBRARIES = ("libfmt.*", "libpcre2-8.*", "libutf8proc.*", "libgtest*", "libgmock*")
+HEADERS = ("fmt", "nlohmann", "CLI", "gtest", "gmock", "pcre2.h", "utf8proc.h", "zlib.h", "zconf.h")
+LIBRARIES = ("libfmt.*", "libpcre2-8.*", "libutf8proc.*", "libz.a", "libgtest*", "libgmock*")
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess:
