@@ -16,6 +16,7 @@ ctest --test-dir build/release --output-on-failure -j 1
 say "CUDA kernels (their tests skip themselves without a GPU)"
 cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
 ninja -C build/cuda -j "$jobs" bundled
+.venv/bin/python tests/kernels/cuda/check_machine_code.py build/cuda
 ctest --test-dir build/cuda --output-on-failure -j 1 -L gpu
 
 say "Python tests"

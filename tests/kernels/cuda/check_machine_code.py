@@ -4,6 +4,7 @@ is built for matrix instructions must hold them. Needs no GPU.
     .venv/bin/python tests/kernels/cuda/check_machine_code.py build/cuda
 """
 import glob
+import json
 import pathlib
 import re
 import shutil
@@ -71,6 +72,13 @@ def problems_of(arch, name, kernel):
             yield f"{where}: wanted {wanted} instructions, found none"
 
 
+def objects_of(build):
+    """Of the files that belong to the build today; what earlier ones left behind is not read."""
+    commands = json.loads((build / "compile_commands.json").read_text())
+    compiled = (re.search(r" -o (\S+\.cu\.o)", command["command"]) for command in commands)
+    return sorted(build / match[1] for match in compiled if match)
+
+
 def compile_seconds(build):
     """Of the CUDA objects that the build folder's last build compiled, by file."""
     seconds = {}
@@ -83,7 +91,7 @@ def compile_seconds(build):
 
 def main():
     build = pathlib.Path(sys.argv[1])
-    objects = sorted(build.glob("src/**/*.cu.o"))
+    objects = objects_of(build)
     if not objects:
         sys.exit(f"check_machine_code: no CUDA objects under {build}/src: configure with `cmake --preset cuda` and build")
     problems, kernels, matrix = [], 0, 0
