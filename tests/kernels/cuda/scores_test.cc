@@ -126,5 +126,88 @@ TEST(CudaNormalise, EqualsReferenceAndCpu) {
   }
 }
 
+// Against kernels/cpu, gradients of carried statistics included, and against the reference where nothing is carried.
+TEST(CudaNormalise, GradientEqualsReferenceAndCpu) {
+  SKIP_WITHOUT_DEVICE();
+  for (int n = 0; n < 60; ++n) {
+    Spec spec;
+    spec.seqlen = std::vector<int64_t>{1, 5, 1000, 1024, 1025, 2500, 3000}[n % 7];
+    if (n == 59) spec.seqlen = 1100000;  // more chunks than are scanned at once
+    spec.num_kv_heads = 1 + n % 3;
+    const bool documents = n % 2 == 1 && n != 59, timestep_norm = n % 5 != 0, carried = !documents && n % 4 == 0;
+    const bool with_dstats = n % 3 != 0;
+    spec.batch = documents ? 1 : 2;
+    if (documents) {
+      spec.cu_seqlens = {0, std::min<int64_t>(spec.seqlen, 3), std::min<int64_t>(spec.seqlen, 3),
+                         std::min<int64_t>(spec.seqlen, 1024), spec.seqlen};
+    }
+    SCOPED_TRACE("case " + std::to_string(n) + " T " + std::to_string(spec.seqlen));
+    const int64_t heads = spec.num_kv_heads, lanes = spec.batch * heads, size = spec.batch * spec.seqlen * heads;
+    const Values raw = round_to_f32(normal(size, 70 + n, 2.0, n % 3 == 0 ? 30.0 : 0.0)),
+                 gradient = round_to_f32(normal(size, 170 + n));
+    const reference::NormaliseOptions options{round_to_f32(normal(heads, 1)), round_to_f32(normal(heads, 2)),
+                                              round_to_f32(uniform(heads, 3)), timestep_norm};
+    const std::vector<int32_t> cu_seqlens(spec.cu_seqlens.begin(), spec.cu_seqlens.end());
+    const std::vector<float> raw_f32 = to_f32(raw), dscores = to_f32(gradient), beta = to_f32(options.beta),
+                             gamma = to_f32(options.gamma), slope = to_f32(options.slope);
+    std::vector<double> stats_in(3 * lanes), dstats = normal(3 * lanes, 5);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      stats_in[3 * lane] = n % 8 == 0 ? 0 : 17, stats_in[3 * lane + 1] = 0.5 + static_cast<double>(lane);
+      stats_in[3 * lane + 2] = n % 8 == 0 ? 0 : 40;
+    }
+    NormaliseBwdParams params{};
+    params.fwd.dtype = DType::kF32;
+    params.fwd.raw_strides = params.dscores_strides = contiguous(spec.seqlen, heads);
+    params.fwd.batch = static_cast<int32_t>(spec.batch), params.fwd.seqlen = static_cast<int32_t>(spec.seqlen);
+    params.fwd.num_kv_heads = static_cast<int32_t>(heads);
+    params.fwd.num_documents = documents ? static_cast<int32_t>(cu_seqlens.size()) - 1 : 0;
+    params.fwd.timestep_norm = timestep_norm;
+
+    std::vector<float> draw(size), dbeta(heads), dgamma(heads), dslope(heads);
+    std::vector<double> dstats_in(3 * lanes);
+    NormaliseBwdParams on_cpu = params;
+    on_cpu.fwd.raw = raw_f32.data(), on_cpu.fwd.beta = beta.data(), on_cpu.fwd.gamma = gamma.data(),
+    on_cpu.fwd.slope = slope.data();
+    on_cpu.fwd.stats_in = carried ? stats_in.data() : nullptr;
+    on_cpu.fwd.cu_seqlens = documents ? cu_seqlens.data() : nullptr;
+    on_cpu.dscores = dscores.data(), on_cpu.dstats = with_dstats ? dstats.data() : nullptr;
+    on_cpu.draw = draw.data(), on_cpu.dbeta = dbeta.data(), on_cpu.dgamma = dgamma.data(),
+    on_cpu.dslope = dslope.data(), on_cpu.dstats_in = dstats_in.data();
+    cpu::normalise_scores_backward(on_cpu);
+
+    const DeviceArray<float> in(raw_f32), betas(beta), gammas(gamma), slopes(slope), out(dscores), d_raw(size),
+        d_beta(heads), d_gamma(heads), d_slope(heads);
+    const DeviceArray<double> carried_stats(stats_in), d_stats(dstats), d_stats_in(3 * lanes);
+    const DeviceArray<int32_t> starts(cu_seqlens);
+    NormaliseBwdParams on_gpu = params;
+    on_gpu.fwd.raw = in.data(), on_gpu.fwd.beta = betas.data(), on_gpu.fwd.gamma = gammas.data(),
+    on_gpu.fwd.slope = slopes.data();
+    on_gpu.fwd.stats_in = carried ? carried_stats.data() : nullptr;
+    on_gpu.fwd.cu_seqlens = documents ? starts.data() : nullptr;
+    on_gpu.dscores = out.data(), on_gpu.dstats = with_dstats ? d_stats.data() : nullptr;
+    on_gpu.draw = d_raw.data(), on_gpu.dbeta = d_beta.data(), on_gpu.dgamma = d_gamma.data(),
+    on_gpu.dslope = d_slope.data(), on_gpu.dstats_in = d_stats_in.data();
+    const DeviceArray<uint8_t> workspace(cuda::normalise_scores_backward_workspace_bytes(on_gpu));
+    cuda::normalise_scores_backward(on_gpu, workspace.data(), nullptr);
+    cuda::check_cuda(cudaDeviceSynchronize(), "normalise_scores_backward");
+    const std::vector<float> first = d_raw.to_vector();
+    // Both round the same sums in double to float32.
+    EXPECT_CLOSE_TO_MAXIMUM(first, draw, 2e-7);
+    EXPECT_CLOSE_TO_MAXIMUM(d_beta.to_vector(), dbeta, 2e-7);
+    EXPECT_CLOSE_TO_MAXIMUM(d_gamma.to_vector(), dgamma, 2e-7);
+    EXPECT_CLOSE_TO_MAXIMUM(d_slope.to_vector(), dslope, 2e-7);
+    EXPECT_CLOSE_TO_MAXIMUM(d_stats_in.to_vector(), dstats_in, 1e-9);
+    if (!carried && !with_dstats && spec.seqlen <= 3000) {
+      const auto expected = reference::normalise_scores_backward(raw, gradient, options, spec);
+      EXPECT_CLOSE_TO_MAXIMUM(first, expected.draw, 2e-7);
+      EXPECT_CLOSE_TO_MAXIMUM(d_gamma.to_vector(), expected.dgamma, 2e-7);
+      EXPECT_CLOSE_TO_MAXIMUM(d_slope.to_vector(), expected.dslope, 2e-7);
+    }
+    cuda::normalise_scores_backward(on_gpu, workspace.data(), nullptr);
+    EXPECT_TRUE(d_raw.to_vector() == first) << "differs from run to run";
+    if (HasFailure()) return;
+  }
+}
+
 }  // namespace
 }  // namespace sparsek::test
