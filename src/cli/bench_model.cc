@@ -38,7 +38,7 @@ int run_bench_model(const BenchModelConfig& config) {
   if (!config.json) fmt::print("{:>9} {:>16} {:>16} {:>12}\n", "context", "read tokens/s", "decode tokens/s", "state");
   for (const int64_t context : config.contexts) {
     model::DecodeState state = model.new_state();
-    Progress progress("reading", "tokens", context);
+    Progress progress(reading_on(model), "tokens", context);
     const Stopwatch read_time;
     at::Tensor hidden;
     for (int64_t done = 0; done < context;) {
@@ -67,13 +67,11 @@ int run_bench_model(const BenchModelConfig& config) {
                        {"state_bytes", state.size_in_bytes()}});
   }
   if (config.json) {
-    const nlohmann::ordered_json object{{"model", config.model.model},
-                                        {"attention", describe(model.attention())},
-                                        {"dtype", config.model.dtype},
-                                        {"chunk", config.model.chunk_size},
-                                        {"threads", omp_get_max_threads()},
-                                        {"peak_rss_bytes", peak_rss_bytes()},
-                                        {"results", results}};
+    const nlohmann::ordered_json object{
+        {"model", config.model.model},        {"attention", describe(model.attention())},
+        {"dtype", config.model.dtype},        {"device", model.device().str()},
+        {"chunk", config.model.chunk_size},   {"threads", omp_get_max_threads()},
+        {"peak_rss_bytes", peak_rss_bytes()}, {"results", results}};
     print_json(object, 2);
   }
   return 0;

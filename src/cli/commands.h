@@ -13,6 +13,7 @@ struct ModelConfig {
   std::string model;  // a path, or "smollm2"
   model::AttentionRequest attention;
   std::string dtype = "bf16";  // bf16, f32
+  std::string device = "cpu";  // cpu, cuda, cuda:N
   int64_t chunk_size = 512;    // tokens computed at once while reading
   int64_t threads = 0;         // 0: one a core
 };

@@ -78,7 +78,7 @@ int run_generate(const GenerateConfig& config) {
   Prompt prompt(model, state, sampler, config.model.chunk_size);
   const Stopwatch read_time;
   {
-    Progress progress("reading", "tokens", std::nullopt);
+    Progress progress(reading_on(model), "tokens", std::nullopt);
     // Chunk by chunk, so that Ctrl-C reaches a long prompt as it reaches a document.
     const auto read = [&](std::span<const int32_t> ids) {
       while (!ids.empty() && !interrupted()) {
@@ -143,12 +143,14 @@ int run_generate(const GenerateConfig& config) {
                                         {"generated_tokens_per_second", generate_rate},
                                         {"state_bytes", state.size_in_bytes()},
                                         {"peak_rss_bytes", peak_rss_bytes()},
-                                        {"attention", describe(model.attention())}};
+                                        {"attention", describe(model.attention())},
+                                        {"device", model.device().str()}};
     print_json(object);
   } else {
     write_out("\n");
-    fmt::print(stderr, "read {} tokens at {:.0f}/s, wrote {} at {:.0f}/s ({}); state {}, peak memory {}\n",
-               with_separators(prompt_tokens), read_rate, with_separators(generated), generate_rate, reason,
+    const std::string on = model.device().is_cpu() ? "" : " on " + model.device().str();
+    fmt::print(stderr, "read {} tokens at {:.0f}/s, wrote {} at {:.0f}/s{} ({}); state {}, peak memory {}\n",
+               with_separators(prompt_tokens), read_rate, with_separators(generated), generate_rate, on, reason,
                human_bytes(static_cast<double>(state.size_in_bytes())),
                human_bytes(static_cast<double>(peak_rss_bytes())));
   }

@@ -19,7 +19,7 @@
 namespace sparsek::cli {
 namespace {
 
-void print_object(const eval::PerplexityResult& result, const std::string& attention) {
+void print_object(const eval::PerplexityResult& result, const std::string& attention, const std::string& device) {
   nlohmann::ordered_json by_position = nlohmann::ordered_json::array();
   for (const auto& bucket : result.loss.buckets()) {
     if (bucket.count == 0) continue;
@@ -34,12 +34,14 @@ void print_object(const eval::PerplexityResult& result, const std::string& atten
                                       {"state_bytes", result.state_bytes},
                                       {"peak_rss_bytes", peak_rss_bytes()},
                                       {"attention", attention},
+                                      {"device", device},
                                       {"complete", result.complete}};
   print_json(object);
 }
 
-void print_table(const eval::PerplexityResult& result, const std::string& attention) {
+void print_table(const eval::PerplexityResult& result, const std::string& attention, const std::string& device) {
   fmt::print("attention    {}\n", attention);
+  if (device != "cpu") fmt::print("device       {}\n", device);
   fmt::print("tokens       {}\n", with_separators(result.tokens));
   fmt::print("loss         {:.4f} nats per token (perplexity {:.2f})\n", result.loss.mean(),
              std::exp(result.loss.mean()));
@@ -101,7 +103,7 @@ int run_perplexity(const PerplexityConfig& config) {
   };
   eval::PerplexityResult result;
   {
-    Progress progress("reading", "tokens", std::nullopt);
+    Progress progress(reading_on(model), "tokens", std::nullopt);
     result = eval::perplexity(model, source, config.model.chunk_size, [&](int64_t done) {
       if (const auto total = to_read(tokens.estimated_total())) progress.set_total(*total);
       progress.update(done);
@@ -111,11 +113,11 @@ int run_perplexity(const PerplexityConfig& config) {
   if (result.loss.count() == 0) {
     throw_data("{}: expected a text of at least 2 tokens, found {}", config.file, result.tokens);
   }
-  const std::string attention = describe(model.attention());
+  const std::string attention = describe(model.attention()), device = model.device().str();
   if (config.json) {
-    print_object(result, attention);
+    print_object(result, attention, device);
   } else {
-    print_table(result, attention);
+    print_table(result, attention, device);
   }
   if (!result.complete) {
     fmt::print(stderr, "sparsek: interrupted after {} tokens; the figures are for those\n", result.tokens);

@@ -8,6 +8,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "cli/device.h"
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
 #include "data/quote.h"
@@ -41,13 +42,18 @@ model::Transformer open_model(const ModelConfig& config, const std::string& mode
   if (config.chunk_size < 1 || config.chunk_size > 65536) {
     throw_usage("--chunk: expected 1 to 65536 tokens, found {}", config.chunk_size);
   }
-  model::Transformer model = model::Transformer::load({.path = model_path,
-                                                       .attention = config.attention,
-                                                       .dtype = parse_dtype(config.dtype),
-                                                       .chunk_size = config.chunk_size,
-                                                       .expected_tokens = expected_tokens});
+  model::Transformer model =
+      model::Transformer::load({.path = model_path,
+                                .attention = config.attention,
+                                .placement = {.dtype = parse_dtype(config.dtype), .device = open_device(config.device)},
+                                .chunk_size = config.chunk_size,
+                                .expected_tokens = expected_tokens});
   for (const std::string& notice : model.notices()) std::fprintf(stderr, "sparsek: %s\n", notice.c_str());
   return model;
+}
+
+std::string reading_on(const model::Transformer& model) {
+  return model.device().is_cpu() ? "reading" : "reading on " + model.device().str();
 }
 
 FileTokens::FileTokens(const Tokenizer& tokenizer, const std::string& path)

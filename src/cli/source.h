@@ -18,6 +18,8 @@ Tokenizer open_tokenizer(const std::string& model_path);
 // and write in all, where that is known.
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
                               std::optional<int64_t> expected_tokens);
+// What a progress line says while a prompt is read: "reading", on a GPU "reading on cuda:0".
+std::string reading_on(const model::Transformer& model);
 at::ScalarType parse_dtype(const std::string& text);
 void set_threads(int64_t threads);
 

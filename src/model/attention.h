@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "model/adapter.h"
 #include "model/attention_config.h"
 #include "model/config.h"
 #include "model/decode_state.h"
+#include "model/placement.h"
 
 namespace sparsek::model {
 
@@ -24,6 +26,9 @@ class Attention {
  public:
   virtual ~Attention() = default;
   virtual LayerState new_state() const = 0;
+  // Single tokens behind so many do the same work on the same tensors as long as this number stays the same: a step
+  // that was recorded can then be repeated. Nothing where each does other work.
+  virtual std::optional<int> step_phase(int64_t position) const { return std::nullopt; }
   // The chunk behind `position` tokens that `state` has read. Returns [1, tokens, num_heads, head_dim] and advances the
   // state. The same numbers, up to floating-point order, however a document is cut.
   virtual at::Tensor forward(const AttentionInputs& inputs, int64_t layer, int64_t position,
@@ -33,13 +38,13 @@ class Attention {
 // `adapter` is null unless the scorer is one; it is read while building and may go afterwards. expected_tokens: what
 // dense attention's cache holds before it has to grow.
 std::unique_ptr<Attention> make_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                          at::ScalarType dtype, const Adapter* adapter, int64_t expected_tokens);
+                                          const Placement& placement, const Adapter* adapter, int64_t expected_tokens);
 
-std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype,
+std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, const Placement& placement,
                                                 int64_t expected_tokens);
 std::unique_ptr<Attention> make_window_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                                 at::ScalarType dtype);
+                                                 const Placement& placement);
 std::unique_ptr<Attention> make_sparsek_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                                  at::ScalarType dtype, const Adapter* adapter);
+                                                  const Placement& placement, const Adapter* adapter);
 
 }  // namespace sparsek::model

@@ -1,6 +1,5 @@
 // Dense causal attention over a cache that grows with the document: the baseline, and the meaning of the base model.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,17 +16,17 @@ constexpr int64_t kGrowth = 512;  // rows the cache grows by at least
 
 class DenseAttention final : public Attention {
  public:
-  DenseAttention(const ModelConfig& config, at::ScalarType dtype, int64_t expected_tokens)
+  DenseAttention(const ModelConfig& config, const Placement& placement, int64_t expected_tokens)
       : num_layers_(config.num_layers),
         num_kv_heads_(config.num_kv_heads),
         head_dim_(config.head_dim),
         expected_tokens_(expected_tokens),
-        dtype_(dtype) {}
+        placement_(placement) {}
 
   LayerState new_state() const override {
     LayerState state;
-    state.k = at::empty({num_kv_heads_, 0, head_dim_}, dtype_);
-    state.v = at::empty({num_kv_heads_, 0, head_dim_}, dtype_);
+    state.k = at::empty({num_kv_heads_, 0, head_dim_}, placement_.options());
+    state.v = at::empty({num_kv_heads_, 0, head_dim_}, placement_.options());
     return state;
   }
 
@@ -40,7 +39,6 @@ class DenseAttention final : public Attention {
     row_inputs.q = in.q;
     row_inputs.k = state.k.narrow(1, 0, rows).transpose(0, 1).unsqueeze(0);
     row_inputs.v = state.v.narrow(1, 0, rows).transpose(0, 1).unsqueeze(0);
-    row_inputs.window_begin = at::zeros({tokens}, at::kInt);
     row_inputs.num_carried = position;
     row_inputs.softmax_scale = 1.0 / std::sqrt(static_cast<double>(head_dim_));
     return ops::row_attention(row_inputs);
@@ -56,16 +54,16 @@ class DenseAttention final : public Attention {
   void check_room(int64_t rows, int64_t held) const {
     const int64_t more = saturating_multiply(capacity(rows, held) - held, 2 * num_layers_);
     const int64_t copied = held;  // while it is copied, one cache exists twice
-    const int64_t row_bytes = num_kv_heads_ * head_dim_ * static_cast<int64_t>(c10::elementSize(dtype_));
+    const int64_t row_bytes = num_kv_heads_ * head_dim_ * static_cast<int64_t>(c10::elementSize(placement_.dtype));
     check_growth(capacity(rows, held), saturating_multiply(saturating_add(more, copied), row_bytes),
-                 available_memory_bytes());
+                 available_memory_bytes(placement_.device));
   }
 
   // Writes x [1, tokens, num_kv_heads, head_dim] as rows position .. of the cache, growing it when full.
   void append(const at::Tensor& x, int64_t position, at::Tensor& cache) const {
     const int64_t rows = position + x.size(1);
     if (rows > cache.size(1)) {
-      at::Tensor grown = at::empty({num_kv_heads_, capacity(rows, cache.size(1)), head_dim_}, dtype_);
+      at::Tensor grown = at::empty({num_kv_heads_, capacity(rows, cache.size(1)), head_dim_}, placement_.options());
       grown.narrow(1, 0, position).copy_(cache.narrow(1, 0, position));
       cache = std::move(grown);
     }
@@ -73,14 +71,14 @@ class DenseAttention final : public Attention {
   }
 
   int64_t num_layers_, num_kv_heads_, head_dim_, expected_tokens_;
-  at::ScalarType dtype_;
+  Placement placement_;
 };
 
 }  // namespace
 
-std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, at::ScalarType dtype,
+std::unique_ptr<Attention> make_dense_attention(const ModelConfig& config, const Placement& placement,
                                                 int64_t expected_tokens) {
-  return std::make_unique<DenseAttention>(config, dtype, expected_tokens);
+  return std::make_unique<DenseAttention>(config, placement, expected_tokens);
 }
 
 }  // namespace sparsek::model

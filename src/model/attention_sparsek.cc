@@ -4,9 +4,11 @@
 //   key_norm     r = -||k||_2, known at once; nothing is trained (a rotation does not change it)
 //   adapter      r from the adapter's scorer, delayed as soon as a layer's alpha is not 0
 // Eq. 1 makes u of r, for the untrained ones with a fixed slope alone.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/remainder.h>
 
 #include <algorithm>
 #include <vector>
@@ -20,14 +22,15 @@ namespace {
 
 class SparsekAttention final : public Attention {
  public:
-  SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
+  SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, const Placement& placement,
                    const Adapter* adapter)
       : scorer_kind_(attention.scorer),
-        untrained_(untrained_scale(config.num_kv_heads, attention.slope)),
-        state_options_(state_options(config, attention, dtype)) {
+        untrained_(untrained_scale(config.num_kv_heads, attention.slope, placement)),
+        state_options_(state_options(config, attention, placement.dtype)) {
+    state_options_.device = placement.device;
     if (adapter != nullptr) {
       timestep_norm_ = adapter->timestep_norm;
-      for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer);
+      for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer, placement);
     }
     options_.topk = attention.topk;
     options_.window_size = attention.window_size;
@@ -40,6 +43,11 @@ class SparsekAttention final : public Attention {
     LayerState state;
     state.sparsek = ops::new_attention_state(state_options_);
     return state;
+  }
+
+  // Until the window is full no key leaves it, and delayed scores are none.
+  std::optional<int> step_phase(int64_t position) const override {
+    return options_.delayed_scores && position < options_.window_size ? 0 : 1;
   }
 
   at::Tensor forward(const AttentionInputs& in, int64_t layer, int64_t position,
@@ -65,8 +73,8 @@ class SparsekAttention final : public Attention {
       const Scorer& scorer = scorers_[layer];
       raw = scorer(in.x);
       if (options_.delayed_scores) {
-        ring_scores = state.ring_scores.clone();
-        raw = exchange(raw, position, ring_scores).add(y, scorer.alpha);
+        ring_scores = is_step ? state.ring_scores : state.ring_scores.clone();
+        raw = exchange(raw, state.lengths, ring_scores).add(y, scorer.alpha);
       }
     }
     // Delayed: query t's key has position position + t - window_size, and there is none before the document's start.
@@ -84,31 +92,30 @@ class SparsekAttention final : public Attention {
       state = std::move(next);
       if (ring_mass.defined()) state.ring_mass = std::move(ring_mass);
     }
-    state.stats = stats;
-    if (ring_scores.defined()) state.ring_scores = std::move(ring_scores);
+    if (is_step) {
+      state.stats.copy_(stats);  // a step changes its state in place, ring_scores too
+    } else {
+      state.stats = stats;
+      if (ring_scores.defined()) state.ring_scores = std::move(ring_scores);
+    }
     return out;
   }
 
  private:
   // Puts the raw scores of the chunk's tokens [1, tokens, num_kv_heads] into the ring [1, num_kv_heads, window_size]
   // and returns those of the keys that leave it, one per query; zeros stand where there is none yet.
-  at::Tensor exchange(const at::Tensor& raw, int64_t position, at::Tensor& ring_scores) const {
-    const int64_t window = options_.window_size, tokens = raw.size(1);
-    const at::Tensor order = ring_order(position, std::min(tokens, window), ring_scores);
-    const at::Tensor before = ring_scores.index_select(2, order).transpose(1, 2);  // positions position - window ..
+  at::Tensor exchange(const at::Tensor& raw, const at::Tensor& lengths, at::Tensor& ring_scores) const {
+    const int64_t window = options_.window_size, tokens = raw.size(1), kept = std::min(tokens, window);
+    const at::Tensor before = ring_scores.index_select(2, ring_rows(lengths, kept)).transpose(1, 2);
     at::Tensor leaving = tokens > window ? at::cat({before, raw.narrow(1, 0, tokens - window)}, 1) : before;
-    const int64_t kept = std::min(tokens, window);
-    ring_scores.index_copy_(2, ring_order(position + tokens - kept, kept, ring_scores),
+    ring_scores.index_copy_(2, ring_rows(lengths + (tokens - kept), kept),
                             raw.narrow(1, tokens - kept, kept).transpose(1, 2).contiguous());
     return leaving;
   }
 
-  // Ring rows of positions first .. first + count - 1.
-  at::Tensor ring_order(int64_t first, int64_t count, const at::Tensor& like) const {
-    at::Tensor order = at::empty({count}, like.options().dtype(at::kLong));
-    int64_t* rows = order.mutable_data_ptr<int64_t>();
-    for (int64_t i = 0; i < count; ++i) rows[i] = (first + i) % options_.window_size;
-    return order;
+  // Ring rows of the positions first .. first + count - 1; first [1].
+  at::Tensor ring_rows(const at::Tensor& first, int64_t count) const {
+    return at::remainder(first + at::arange(count, first.options()), options_.window_size);
   }
 
   // Eq. 1: raw [1, tokens, num_kv_heads] -> (scores, new stats). The first num_missing rows are no keys: they neither
@@ -135,8 +142,8 @@ class SparsekAttention final : public Attention {
 }  // namespace
 
 std::unique_ptr<Attention> make_sparsek_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                                  at::ScalarType dtype, const Adapter* adapter) {
-  return std::make_unique<SparsekAttention>(config, attention, dtype, adapter);
+                                                  const Placement& placement, const Adapter* adapter) {
+  return std::make_unique<SparsekAttention>(config, attention, placement, adapter);
 }
 
 }  // namespace sparsek::model

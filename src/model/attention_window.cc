@@ -14,17 +14,17 @@ namespace {
 
 class WindowAttention final : public Attention {
  public:
-  WindowAttention(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype)
+  WindowAttention(const ModelConfig& config, const AttentionConfig& attention, const Placement& placement)
       : num_kv_heads_(config.num_kv_heads),
         head_dim_(config.head_dim),
         window_size_(attention.window_size),
         num_sinks_(attention.num_sinks),
-        dtype_(dtype) {}
+        placement_(placement) {}
 
   LayerState new_state() const override {
     LayerState state;
-    state.k = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, dtype_);
-    state.v = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, dtype_);
+    state.k = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, placement_.options());
+    state.v = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, placement_.options());
     return state;
   }
 
@@ -72,14 +72,14 @@ class WindowAttention final : public Attention {
     const int64_t tokens = in.q.size(1), carried = std::min(position, window_size_ - 1);
     const int64_t own = num_sinks_ + carried, rows = own + tokens;
     ops::RowAttentionInputs out = common(in, rows);
-    at::Tensor k = at::empty({num_kv_heads_, rows, head_dim_}, dtype_);
-    at::Tensor v = at::empty({num_kv_heads_, rows, head_dim_}, dtype_);
+    at::Tensor k = at::empty({num_kv_heads_, rows, head_dim_}, placement_.options());
+    at::Tensor v = at::empty({num_kv_heads_, rows, head_dim_}, placement_.options());
     gather(state.k, in.k, position, k);
     gather(state.v, in.v, position, v);
     if (in.q_far.defined()) {
       at::Tensor k_far = k;
       if (position < num_sinks_) {  // sinks among the chunk's own keys
-        k_far = at::empty({num_kv_heads_, rows, head_dim_}, dtype_);
+        k_far = at::empty({num_kv_heads_, rows, head_dim_}, placement_.options());
         k_far.narrow(1, 0, num_sinks_).copy_(state.k.narrow(1, 0, num_sinks_));
         k_far.narrow(1, own, tokens).copy_(in.k_far.squeeze(0).transpose(0, 1));
       }
@@ -140,14 +140,14 @@ class WindowAttention final : public Attention {
   }
 
   int64_t num_kv_heads_, head_dim_, window_size_, num_sinks_;
-  at::ScalarType dtype_;
+  Placement placement_;
 };
 
 }  // namespace
 
 std::unique_ptr<Attention> make_window_attention(const ModelConfig& config, const AttentionConfig& attention,
-                                                 at::ScalarType dtype) {
-  return std::make_unique<WindowAttention>(config, attention, dtype);
+                                                 const Placement& placement) {
+  return std::make_unique<WindowAttention>(config, attention, placement);
 }
 
 }  // namespace sparsek::model

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "ops/ops.h"
@@ -17,6 +18,8 @@ struct LayerState {
   at::Tensor k, v;
 };
 
+struct RepeatedStep;  // transformer.cc
+
 class DecodeState {
  public:
   int64_t length() const { return length_; }  // tokens read
@@ -25,6 +28,7 @@ class DecodeState {
  private:
   friend class Transformer;
   std::vector<LayerState> layers_;
+  std::shared_ptr<RepeatedStep> step_;  // of single tokens, once there was one; null after a chunk
   int64_t length_ = 0;
 };
 

@@ -1,5 +1,7 @@
 #include "model/memory_check.h"
 
+#include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -58,13 +60,20 @@ std::optional<int64_t> available_memory_bytes() {
   return available;
 }
 
+std::optional<int64_t> available_memory_bytes(at::Device device) {
+  if (device.is_cpu()) return available_memory_bytes();
+  at::globalContext().lazyInitDevice(device.type());
+  const auto [free, total] = c10::getDeviceAllocator(device.type())->getMemoryInfo(device.index());
+  return static_cast<int64_t>(free);
+}
+
 void check_memory(const std::string& path, const MemoryPlan& plan, std::optional<int64_t> available_bytes) {
   const int64_t needed = saturating_add(plan.state_bytes, plan.weight_bytes + plan.working_bytes);
   if (!available_bytes || needed <= *available_bytes) return;
   const std::string tokens = plan.growing_tokens ? fmt::format(" of {} tokens", *plan.growing_tokens) : std::string();
-  throw_memory("{}: expected about {} MiB of memory (weights {}, state{} {}, working memory {}), found {}", path,
-               mebibytes(needed), mebibytes(plan.weight_bytes), tokens, mebibytes(plan.state_bytes),
-               mebibytes(plan.working_bytes), *available_bytes >> 20);
+  throw_memory("{}: expected about {} MiB of memory{} (weights {}, state{} {}, working memory {}), found {}", path,
+               mebibytes(needed), plan.device.is_cpu() ? "" : " on " + plan.device.str(), mebibytes(plan.weight_bytes),
+               tokens, mebibytes(plan.state_bytes), mebibytes(plan.working_bytes), *available_bytes >> 20);
 }
 
 void check_growth(int64_t tokens, int64_t more_bytes, std::optional<int64_t> available_bytes) {

@@ -1,5 +1,8 @@
 #include "model/rope.h"
 
+#include <ATen/ops/arange.h>
+#include <ATen/ops/tensor.h>
+
 #include <cmath>
 #include <numbers>
 
@@ -31,13 +34,22 @@ std::vector<double> inverse_frequencies(const RopeConfig& config, int64_t head_d
   return frequencies;
 }
 
-Rope::Rope(const RopeConfig& config, int64_t head_dim, int64_t far_distance)
+Rope::Rope(const RopeConfig& config, int64_t head_dim, int64_t far_distance, const Placement& placement)
     : inverse_frequencies_(model::inverse_frequencies(config, head_dim)) {
+  if (placement.plain) plain_frequencies_ = at::tensor(inverse_frequencies_, at::kDouble).to(placement.device);
   if (far_distance > 0) far_ = table(far_distance, 1);
 }
 
 RotaryTable Rope::table(int64_t first, int64_t count) const {
+  if (plain_frequencies_.defined()) {
+    return table(at::arange(first, first + count, plain_frequencies_.options().dtype(at::kLong)));
+  }
   auto [cos, sin] = ops::rotary_table(first, count, inverse_frequencies_);
+  return {cos, sin};
+}
+
+RotaryTable Rope::table(const at::Tensor& positions) const {
+  auto [cos, sin] = ops::plain_rotary_table(positions, plain_frequencies_);
   return {cos, sin};
 }
 

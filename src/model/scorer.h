@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "model/adapter.h"
+#include "model/placement.h"
 #include "ops/transformer_ops.h"
 
 namespace sparsek::model {
@@ -13,12 +14,12 @@ struct ScoreScale {
 };
 
 // u = r + slope * j / 1024: the untrained scorers', with timestep normalisation off.
-ScoreScale untrained_scale(int64_t num_kv_heads, double slope);
+ScoreScale untrained_scale(int64_t num_kv_heads, double slope, const Placement& placement);
 
 // An adapter's scorer: raw scores r of eq. 1 without the delayed part.
 class Scorer {
  public:
-  explicit Scorer(const LayerScorer& weights);
+  Scorer(const LayerScorer& weights, const Placement& placement);
   // x [tokens, dim] -> float32 [1, tokens, num_kv_heads].
   at::Tensor operator()(const at::Tensor& x) const;
 

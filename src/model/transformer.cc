@@ -1,17 +1,20 @@
 #include "model/transformer.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
 #include "base/error.h"
+#include "base/saturate.h"
 #include "data/quote.h"
 #include "model/adapter.h"
 #include "model/attention.h"
 #include "model/checkpoint.h"
 #include "model/memory_check.h"
 #include "model/mlp.h"
+#include "model/recorded_step.h"
 #include "model/rope.h"
 #include "model/state_size.h"
 #include "model/weights.h"
@@ -29,14 +32,14 @@ struct Workspace {
   at::Tensor q_far, k;  // [tokens, heads, head_dim]: eq. 9's query, and the rotated key when k_far keeps the other
   at::Tensor gate_up;   // [tokens, 2 ffn_dim]
 
-  Workspace(const ModelConfig& config, int64_t tokens, at::ScalarType dtype, bool has_far_rotary)
-      : residual(at::empty({tokens, config.dim}, at::kFloat)),
-        normed(at::empty({tokens, config.dim}, dtype)),
-        qkv(at::empty({tokens, config.q_dim() + 2 * config.kv_dim()}, dtype)),
-        gate_up(at::empty({tokens, 2 * config.ffn_dim}, dtype)) {
+  Workspace(const ModelConfig& config, int64_t tokens, const Placement& placement, bool has_far_rotary)
+      : residual(at::empty({tokens, config.dim}, placement.options(at::kFloat))),
+        normed(at::empty({tokens, config.dim}, placement.options())),
+        qkv(at::empty({tokens, config.q_dim() + 2 * config.kv_dim()}, placement.options())),
+        gate_up(at::empty({tokens, 2 * config.ffn_dim}, placement.options())) {
     if (has_far_rotary) {
-      q_far = at::empty({tokens, config.num_heads, config.head_dim}, dtype);
-      k = at::empty({tokens, config.num_kv_heads, config.head_dim}, dtype);
+      q_far = at::empty({tokens, config.num_heads, config.head_dim}, placement.options());
+      k = at::empty({tokens, config.num_kv_heads, config.head_dim}, placement.options());
     }
   }
 };
@@ -48,13 +51,27 @@ int64_t working_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType 
   return tokens * per_token + kLossRows * config.vocab_size * 4;
 }
 
+// What attention by torch's own operations and the gathered rows of a chunk take on top, roughly.
+int64_t plain_attention_bytes(const ModelConfig& config, const AttentionConfig& attention, const Placement& placement,
+                              int64_t chunk, int64_t tokens) {
+  const int64_t element = static_cast<int64_t>(c10::elementSize(placement.dtype));
+  const bool is_dense = attention.kind == AttentionKind::kDense;
+  const int64_t rows = chunk + (is_dense ? tokens : attention.num_sinks + attention.topk + attention.window_size);
+  const int64_t gathered = saturating_multiply(rows, 4 * element * (is_dense ? config.q_dim() : config.kv_dim()));
+  // Masks, and with a rotary distance of its own for sinks the logits of both kinds.
+  const int64_t per_pair = is_dense ? 2 * element : 16 * config.num_heads;
+  return saturating_add(gathered, attention.kind == AttentionKind::kSparsek
+                                      ? 0
+                                      : saturating_multiply(rows, saturating_multiply(chunk, per_pair)));
+}
+
 }  // namespace
 
 struct Transformer::Parts {
   std::string path;
   ModelConfig config;
   AttentionConfig attention_config;
-  at::ScalarType dtype;
+  Placement placement;
   std::vector<std::string> notices;
   Weights weights;
   Rope rope;
@@ -63,6 +80,22 @@ struct Transformer::Parts {
   AttentionInputs project(const LayerWeights& layer, const RotaryTable& angles, Workspace& work) const;
   void attention_block(int64_t index, const RotaryTable& angles, int64_t position, Workspace& work,
                        LayerState& state) const;
+  // From ids to work.normed, the hidden states.
+  void run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, Workspace& work,
+           std::vector<LayerState>& layers) const;
+  at::Tensor repeat_step(const at::Tensor& ids, int phase, DecodeState& state) const;
+  at::Tensor logits(const at::Tensor& hidden) const;  // on the model's device
+};
+
+// A single token's way through the model on tensors that stay where they are: what RecordedStep repeats. Attention of
+// such kinds changes a layer's tensors in place, so these layers are those of the state, too.
+struct RepeatedStep {
+  const void* model;
+  int phase;
+  at::Tensor id, position;  // int32 [1], int64 [1] on the device
+  std::vector<LayerState> layers;
+  Workspace work;
+  std::unique_ptr<RecordedStep> step;
 };
 
 Transformer::Transformer(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
@@ -86,10 +119,17 @@ int64_t Transformer::weight_bytes() const {
   return parts_->weights.size_in_bytes();
 }
 
+at::Device Transformer::device() const {
+  return parts_->placement.device;
+}
+
 Transformer Transformer::load(const LoadOptions& options) {
   const c10::InferenceMode inference;
-  if (options.dtype != at::kFloat && options.dtype != at::kBFloat16) {
-    throw_field("dtype", "expected bf16 or f32, found {}", c10::toString(options.dtype));
+  Placement placement = options.placement;
+  placement.plain = placement.plain || !placement.device.is_cpu();
+  if (placement.dtype != at::kBFloat16 && (placement.dtype != at::kFloat || !placement.device.is_cpu())) {
+    throw_field("dtype", "expected bf16{}, found {}", placement.device.is_cpu() ? " or f32" : " on a GPU",
+                placement.dtype == at::kFloat ? "f32" : c10::toString(placement.dtype));
   }
   std::vector<std::string> notices;
   // Options are judged before the model is opened, and once more when the adapter's own numbers are known.
@@ -103,18 +143,27 @@ Transformer Transformer::load(const LoadOptions& options) {
     notices.push_back(fmt::format("{} was made for {}; this model calls itself {}", options.attention.scorer,
                                   in_quotes(adapter.base), in_quotes(config.model_name)));
   }
+  if (!placement.device.is_cpu() && attention.kind == AttentionKind::kSparsek && config.head_dim != 64 &&
+      config.head_dim != 128) {
+    throw_data("{}: expected heads of 64 or 128 values for sparsek attention on a GPU, found {}; read it on the CPU",
+               options.path, config.head_dim);
+  }
   const int64_t expected_tokens = std::max(options.expected_tokens.value_or(0), int64_t{1});
-  MemoryPlan plan{.weight_bytes = planned_weight_bytes(checkpoint, options.dtype),
-                  .state_bytes = state_size_in_bytes(config, attention, options.dtype, expected_tokens),
-                  .working_bytes = working_bytes(config, options.chunk_size, options.dtype)};
+  MemoryPlan plan{.weight_bytes = planned_weight_bytes(checkpoint, placement),
+                  .state_bytes = state_size_in_bytes(config, attention, placement.dtype, expected_tokens),
+                  .working_bytes = working_bytes(config, options.chunk_size, placement.dtype),
+                  .device = placement.device};
+  if (placement.plain) {
+    plan.working_bytes += plain_attention_bytes(config, attention, placement, options.chunk_size, expected_tokens);
+  }
   if (attention.kind == AttentionKind::kDense) plan.growing_tokens = expected_tokens;
-  check_memory(options.path, plan, available_memory_bytes());
-  Weights weights = load_weights(checkpoint, options.dtype);
+  check_memory(options.path, plan, available_memory_bytes(placement.device));
+  Weights weights = load_weights(checkpoint, placement);
   notices.insert(notices.end(), weights.notices.begin(), weights.notices.end());
   return Transformer(std::unique_ptr<Parts>(
-      new Parts{options.path, config, attention, options.dtype, std::move(notices), std::move(weights),
-                Rope(config.rope, config.head_dim, attention.far_distance),
-                make_attention(config, attention, options.dtype, has_adapter ? &adapter : nullptr, expected_tokens)}));
+      new Parts{options.path, config, attention, placement, std::move(notices), std::move(weights),
+                Rope(config.rope, config.head_dim, attention.far_distance, placement),
+                make_attention(config, attention, placement, has_adapter ? &adapter : nullptr, expected_tokens)}));
 }
 
 DecodeState Transformer::new_state() const {
@@ -167,42 +216,81 @@ void Transformer::Parts::attention_block(int64_t index, const RotaryTable& angle
   ops::linear_add_(work.residual, out.view({out.size(1), config.q_dim()}), layer.attention_output);
 }
 
+void Transformer::Parts::run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, Workspace& work,
+                             std::vector<LayerState>& layers) const {
+  ops::embedding_out(ids, weights.embedding, work.residual);
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerWeights& layer = weights.layers[i];
+    attention_block(i, angles, position, work, layers[i]);
+    ops::rms_norm_out(work.residual, layer.ffn_norm, config.rms_eps, work.normed);
+    mlp_add_(work.residual, work.normed, layer, work.gate_up);
+  }
+  ops::rms_norm_out(work.residual, weights.final_norm, config.rms_eps, work.normed);
+}
+
+at::Tensor Transformer::Parts::repeat_step(const at::Tensor& ids, int phase, DecodeState& state) const {
+  const int32_t id = ids.const_data_ptr<int32_t>()[0];
+  TORCH_CHECK(id >= 0 && id < config.vocab_size, "token ids: expected values in [0, ", config.vocab_size, "), got ",
+              id);
+  std::shared_ptr<RepeatedStep>& step = state.step_;
+  if (!step || step->model != this || step->phase != phase) {
+    step = std::make_shared<RepeatedStep>(
+        RepeatedStep{this, phase, at::empty({1}, placement.options(at::kInt)),
+                     at::full({1}, state.length_, placement.options(at::kLong)), state.layers_,
+                     Workspace(config, 1, placement, attention_config.has_far_rotary()), nullptr});
+    const auto work = [this, self = step.get(), position = state.length_] {
+      run(self->id, rope.table(self->position), position, self->work, self->layers);
+      self->position.add_(1);
+    };
+    step->step = record_step(work, placement.device);
+  }
+  step->id.fill_(id);
+  step->step->run();
+  state.length_ += 1;
+  return step->work.normed.clone();  // the next step writes over it
+}
+
 at::Tensor Transformer::forward(const at::Tensor& ids, DecodeState& state) const {
   const c10::InferenceMode inference;
   const Parts& parts = *parts_;
+  const ops::PlainOperations plain(parts.placement.plain);
   TORCH_CHECK(ids.dim() == 1 && ids.size(0) > 0, "forward: expected ids [tokens], at least one, found ", ids.sizes());
   TORCH_CHECK(static_cast<int64_t>(state.layers_.size()) == parts.config.num_layers,
               "forward: the state is not from this model's new_state()");
   const int64_t tokens = ids.size(0);
-  Workspace work(parts.config, tokens, parts.dtype, parts.attention_config.has_far_rotary());
-  ops::embedding_out(ids, parts.weights.embedding, work.residual);
-  const RotaryTable angles = parts.rope.table(state.length_, tokens);
-  for (int64_t i = 0; i < parts.config.num_layers; ++i) {
-    const LayerWeights& layer = parts.weights.layers[i];
-    parts.attention_block(i, angles, state.length_, work, state.layers_[i]);
-    ops::rms_norm_out(work.residual, layer.ffn_norm, parts.config.rms_eps, work.normed);
-    mlp_add_(work.residual, work.normed, layer, work.gate_up);
+  if (tokens == 1 && parts.placement.plain) {
+    const std::optional<int> phase = parts.attention->step_phase(state.length_);
+    if (phase) return parts.repeat_step(ids, *phase, state);
   }
+  state.step_.reset();
+  Workspace work(parts.config, tokens, parts.placement, parts.attention_config.has_far_rotary());
+  parts.run(ids, parts.rope.table(state.length_, tokens), state.length_, work, state.layers_);
   state.length_ += tokens;
-  ops::rms_norm_out(work.residual, parts.weights.final_norm, parts.config.rms_eps, work.normed);
   return work.normed;
+}
+
+at::Tensor Transformer::Parts::logits(const at::Tensor& hidden) const {
+  const ops::PlainOperations plain(placement.plain);
+  at::Tensor logits = at::empty({hidden.size(0), config.vocab_size}, placement.options(at::kFloat));
+  ops::linear_out(hidden, weights.output, logits);
+  return logits;
 }
 
 at::Tensor Transformer::logits(const at::Tensor& hidden) const {
   const c10::InferenceMode inference;
-  at::Tensor logits = at::empty({hidden.size(0), parts_->config.vocab_size}, at::kFloat);
-  ops::linear_out(hidden, parts_->weights.output, logits);
-  return logits;
+  return parts_->logits(hidden).cpu();
 }
 
 std::vector<double> Transformer::losses(const at::Tensor& hidden, const at::Tensor& targets) const {
   const c10::InferenceMode inference;
   TORCH_CHECK(hidden.size(0) == targets.size(0), "losses: ", hidden.size(0), " hidden rows for ", targets.size(0),
               " targets");
+  const ops::PlainOperations plain(parts_->placement.plain);
   std::vector<double> losses(hidden.size(0));
   for (int64_t first = 0; first < hidden.size(0); first += kLossRows) {
     const int64_t rows = std::min(kLossRows, hidden.size(0) - first);
-    const at::Tensor block = ops::cross_entropy(logits(hidden.narrow(0, first, rows)), targets.narrow(0, first, rows));
+    const at::Tensor block =
+        ops::cross_entropy(parts_->logits(hidden.narrow(0, first, rows)), targets.narrow(0, first, rows));
     std::copy_n(block.const_data_ptr<double>(), rows, losses.data() + first);
   }
   return losses;

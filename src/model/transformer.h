@@ -17,13 +17,15 @@
 #include "model/attention_config.h"
 #include "model/config.h"
 #include "model/decode_state.h"
+#include "model/placement.h"
 
 namespace sparsek::model {
 
 struct LoadOptions {
   std::string path;  // a GGUF file, or a Hugging Face directory
   AttentionRequest attention;
-  at::ScalarType dtype = at::kBFloat16;  // of activations and matrix products; kFloat computes everything in float32
+  // dtype: of activations and matrix products; kFloat computes everything in float32. A GPU computes in bfloat16.
+  Placement placement = {};
   int64_t chunk_size = 512;  // longest chunk forward() is promised to get, for the memory check before loading
   // Tokens that will be read and written in all, where somebody knows: dense attention's cache of so many must fit
   // before anything is loaded, and is allocated at once. Beyond them it grows.
@@ -44,14 +46,16 @@ class Transformer {
   // Lines a person should read once: adapter values overridden, weights re-encoded.
   const std::vector<std::string>& notices() const;
   int64_t weight_bytes() const;
+  at::Device device() const;
 
   DecodeState new_state() const;
 
-  // ids: int32 [tokens], each in [0, vocab_size). Returns the final normalised hidden states [tokens, dim] and advances
-  // the state. The result does not depend on how a document is cut into chunks (up to floating-point order).
+  // ids: int32 [tokens] on the CPU, each in [0, vocab_size). Returns the final normalised hidden states [tokens, dim]
+  // on the model's device and advances the state. The result does not depend on how a document is cut into chunks (up
+  // to floating-point order).
   at::Tensor forward(const at::Tensor& ids, DecodeState& state) const;
 
-  // hidden: [rows, dim] of forward(); float32 [rows, vocab_size].
+  // hidden: [rows, dim] of forward(); float32 [rows, vocab_size], on the CPU.
   at::Tensor logits(const at::Tensor& hidden) const;
 
   // Natural-log cross entropy of targets (int32 [rows]) row by row, without ever holding all logits.

@@ -1,11 +1,14 @@
 #include "model/weights.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <optional>
 
+#include "base/bf16.h"
 #include "base/error.h"
 
 namespace sparsek::model {
@@ -139,6 +142,42 @@ ops::PackedLinear load_stack(const Checkpoint& checkpoint, const Stack& stack, i
   return packed;
 }
 
+// The matrix of a stack as a tensor of the activations' dtype, made on the CPU and then moved.
+ops::PackedLinear load_plain_stack(const Checkpoint& checkpoint, const Stack& stack, int64_t layer,
+                                   const Placement& placement) {
+  const int64_t columns = stack.in_features;
+  const at::Tensor weight = at::empty({stack.out_features, columns}, placement.dtype);
+  const bool is_bf16 = placement.dtype == at::kBFloat16;
+  const int64_t element_bytes = is_bf16 ? sizeof(BFloat16) : sizeof(float);
+  auto* bytes = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  at::Tensor bias;
+  if (stack.has_bias) bias = at::empty({stack.out_features}, at::kFloat);
+  int64_t row = 0;
+  for (const Part& part : stack.parts) {
+    const WeightView view = checkpoint.weight(part.weight, layer);
+    const RowOrder order{checkpoint.has_interleaved_rotary(part.weight) ? checkpoint.config().head_dim : 0};
+    check_finite(view, checkpoint.path());
+    const int64_t rows = view.shape[0], row_bytes = static_cast<int64_t>(view.bytes.size()) / rows;
+    at::parallel_for(0, rows, kRowsPerStep, [&](int64_t begin, int64_t end) {
+      std::vector<float> values(columns);
+      for (int64_t r = begin; r < end; ++r) {
+        dequantise(view.type, view.bytes.data() + r * row_bytes, columns, values.data());
+        uint8_t* out = bytes + (row + order(r)) * columns * element_bytes;
+        if (is_bf16) {
+          std::transform(values.begin(), values.end(), reinterpret_cast<BFloat16*>(out), to_bf16);
+        } else {
+          std::memcpy(out, values.data(), columns * element_bytes);
+        }
+      }
+    });
+    checkpoint.release(view);
+    if (stack.has_bias)
+      bias.narrow(0, row, rows).copy_(load_vector(checkpoint, checkpoint.weight(part.bias, layer), order));
+    row += rows;
+  }
+  return ops::plain_linear(weight.to(placement.device), bias.defined() ? bias.to(placement.device) : bias);
+}
+
 Stack embedding_stack(const Checkpoint& checkpoint, WeightId id, at::ScalarType dtype) {
   return plan_stack(checkpoint, {{id, id}}, false, 0, dtype);
 }
@@ -205,7 +244,8 @@ bool all_finite(const uint8_t* blocks, int64_t count, int block_bytes, int offse
 int64_t Weights::size_in_bytes() const {
   const auto bytes = [](const at::Tensor& x) { return x.defined() ? static_cast<int64_t>(x.nbytes()) : 0; };
   int64_t sum = embedding.size_in_bytes() + bytes(final_norm);
-  if (!output.data.is_same(embedding.data)) sum += output.size_in_bytes();
+  const bool is_tied = output.data.is_same(embedding.data) && output.plain.is_same(embedding.plain);
+  if (!is_tied) sum += output.size_in_bytes();
   for (const LayerWeights& layer : layers) {
     sum += layer.qkv.size_in_bytes() + layer.attention_output.size_in_bytes() + layer.gate_up.size_in_bytes() +
            layer.down.size_in_bytes() + bytes(layer.attention_norm) + bytes(layer.ffn_norm) + bytes(layer.query_norm) +
@@ -244,42 +284,49 @@ void check_finite(const WeightView& view, const std::string& source) {
   }
 }
 
-int64_t planned_weight_bytes(const Checkpoint& checkpoint, at::ScalarType dtype) {
+int64_t planned_weight_bytes(const Checkpoint& checkpoint, const Placement& placement) {
   const ModelConfig& config = checkpoint.config();
   const int64_t vectors =
       (2 * config.num_layers + 1) * config.dim +
       config.num_layers * ((config.qkv_bias ? config.q_dim() + 2 * config.kv_dim() : 0) +
                            (config.output_bias ? config.dim : 0) + (config.qk_norm ? 2 * config.head_dim : 0));
-  return arena_bytes(checkpoint, dtype) + vectors * 4;
+  if (placement.plain) {
+    const int64_t matrices = config.num_parameters() - vectors;
+    return matrices * static_cast<int64_t>(c10::elementSize(placement.dtype)) + vectors * 4;
+  }
+  return arena_bytes(checkpoint, placement.dtype) + vectors * 4;
 }
 
-Weights load_weights(const Checkpoint& checkpoint, at::ScalarType dtype) {
+Weights load_weights(const Checkpoint& checkpoint, const Placement& placement) {
   const ModelConfig& config = checkpoint.config();
+  const at::ScalarType dtype = placement.dtype;
   Weights weights;
   Notices notices;
-  ops::PackedArena arena(arena_bytes(checkpoint, dtype));
+  std::optional<ops::PackedArena> arena;
+  if (!placement.plain) arena.emplace(arena_bytes(checkpoint, dtype));
+  const auto matrix = [&](const Stack& stack, int64_t layer) {
+    return arena ? load_stack(checkpoint, stack, layer, *arena, notices)
+                 : load_plain_stack(checkpoint, stack, layer, placement);
+  };
   const auto vector = [&](WeightId id, int64_t layer) {
     const std::optional<WeightView> view = checkpoint.find(id, layer);
-    return view ? load_vector(checkpoint, *view) : at::Tensor();
+    return view ? load_vector(checkpoint, *view).to(placement.device) : at::Tensor();
   };
-  weights.embedding =
-      load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kEmbedding, dtype), 0, arena, notices);
+  weights.embedding = matrix(embedding_stack(checkpoint, WeightId::kEmbedding, dtype), 0);
   weights.output =
-      config.tied_embeddings
-          ? weights.embedding
-          : load_stack(checkpoint, embedding_stack(checkpoint, WeightId::kOutput, dtype), 0, arena, notices);
+      config.tied_embeddings ? weights.embedding : matrix(embedding_stack(checkpoint, WeightId::kOutput, dtype), 0);
   weights.final_norm = vector(WeightId::kFinalNorm, 0);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const LayerStacks stacks = layer_stacks(checkpoint, i, dtype);
     LayerWeights layer;
     layer.attention_norm = vector(WeightId::kAttentionNorm, i);
-    layer.qkv = load_stack(checkpoint, stacks.qkv, i, arena, notices);
+    layer.qkv = matrix(stacks.qkv, i);
     layer.query_norm = vector(WeightId::kQueryNorm, i);
     layer.key_norm = vector(WeightId::kKeyNorm, i);
-    layer.attention_output = load_stack(checkpoint, stacks.attention_output, i, arena, notices);
+    layer.attention_output = matrix(stacks.attention_output, i);
     layer.ffn_norm = vector(WeightId::kFfnNorm, i);
-    layer.gate_up = load_stack(checkpoint, stacks.gate_up, i, arena, notices);
-    layer.down = load_stack(checkpoint, stacks.down, i, arena, notices);
+    layer.gate_up = matrix(stacks.gate_up, i);
+    layer.down = matrix(stacks.down, i);
     weights.layers.push_back(std::move(layer));
   }
   for (const auto& [what, count] : notices)

@@ -1,5 +1,7 @@
 // The weights of a model in the form that its operations read: packed once at load, file pages released on the way, so
-// that memory never holds two copies. Quantised weights stay quantised; types without a kernel are re-encoded.
+// that memory never holds two copies. Quantised weights stay quantised; types without a kernel are re-encoded. For
+// plain operations (another device than the CPU) every matrix becomes a tensor of the activations' dtype, one after the
+// other.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "model/checkpoint.h"
+#include "model/placement.h"
 #include "ops/transformer_ops.h"
 
 namespace sparsek::model {
@@ -31,11 +34,11 @@ struct Weights {
   int64_t size_in_bytes() const;
 };
 
-// dtype: of activations. Float16 weights become Q8_0 for kBFloat16, float32 for kFloat. Throws DataError for tensors
+// Packed, float16 weights become Q8_0 for kBFloat16, float32 for kFloat. Throws DataError for tensors
 // that are missing, of a wrong shape, or hold NaN or infinity.
-Weights load_weights(const Checkpoint& checkpoint, at::ScalarType dtype);
+Weights load_weights(const Checkpoint& checkpoint, const Placement& placement);
 // What load_weights will allocate.
-int64_t planned_weight_bytes(const Checkpoint& checkpoint, at::ScalarType dtype);
+int64_t planned_weight_bytes(const Checkpoint& checkpoint, const Placement& placement);
 
 // The type a stack of matrices is packed in: their common type if it has a kernel, else float32 for plain floats that
 // must stay exact, else Q8_0.

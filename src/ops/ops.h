@@ -17,6 +17,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 int64_t default_pool_size(int64_t topk);  // max(4 * topk, 1024)
 
+// Whether the operations have kernels for a device: the CPU's are always here, CUDA's where they were built and loaded.
+bool has_kernels(at::DeviceType device);
+
 // eq. 1 -> (scores, stats [batch, num_kv_heads, 3] float64: count, mean, sum of squared deviations).
 std::tuple<Tensor, Tensor> normalise_scores(const Tensor& raw, const Tensor& beta, const Tensor& gamma,
                                             const Tensor& slope, const MaybeTensor& stats = {},

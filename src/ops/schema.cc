@@ -2,6 +2,14 @@
 // Operations whose name starts with _ are the steps the public ones are made of; their layouts are kernels/params.h's.
 #include <torch/library.h>
 
+#include "ops/ops.h"
+
+bool sparsek::ops::has_kernels(at::DeviceType device) {
+  const auto operation = c10::Dispatcher::singleton().findOp({"sparsek::decode_step", ""});
+  return operation &&
+         operation->hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, at::Device(device)));
+}
+
 TORCH_LIBRARY(sparsek, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 

@@ -10,6 +10,7 @@
 #include "kernels/cpu/attention/attention.h"
 #include "kernels/cpu/elementwise/elementwise.h"
 #include "kernels/cpu/linear/linear.h"
+#include "ops/plain_ops.h"
 
 namespace sparsek::ops {
 namespace {
@@ -63,6 +64,7 @@ void run_linear(const Tensor& x, const PackedLinear& weight, Tensor& y, bool add
   check_matrix(x, weight.in_features, "linear input");
   check_matrix(y, weight.out_features, "linear output");
   TORCH_CHECK(x.size(0) == y.size(0), "linear: input has ", x.size(0), " rows, output ", y.size(0));
+  if (weight.plain.defined()) return add ? plain::linear_add_(y, x, weight) : plain::linear_out(x, weight, y);
   cpu::LinearParams params;
   params.weight = kernel_weight(weight);
   params.x_dtype = float_dtype(x, "linear input");
@@ -94,7 +96,14 @@ void check_heads(const Tensor& x, int64_t rows, int64_t heads, int64_t head_dim,
 }  // namespace
 
 int64_t PackedLinear::size_in_bytes() const {
-  return (data.defined() ? data.nbytes() : 0) + (bias.defined() ? bias.nbytes() : 0);
+  const auto bytes = [](const Tensor& x) { return x.defined() ? static_cast<int64_t>(x.nbytes()) : 0; };
+  return bytes(data) + bytes(bias) + bytes(plain);
+}
+
+PackedLinear plain_linear(const Tensor& weight, const Tensor& bias) {
+  TORCH_CHECK(weight.dim() == 2, "a weight must be [out_features, in_features], got ", weight.sizes());
+  const WeightType type = weight.scalar_type() == at::kBFloat16 ? WeightType::kBF16 : WeightType::kF32;
+  return {type, weight.size(0), weight.size(1), {}, bias, weight};
 }
 
 bool can_pack(WeightType type) {
@@ -128,7 +137,7 @@ PackedLinear PackedArena::take(WeightType type, int64_t out_features, int64_t in
   TORCH_CHECK(can_pack(type), "weights of type ", name(type), " cannot be packed");
   TORCH_CHECK(in_features % layout(type).block_elements == 0, name(type), " needs rows of a multiple of ",
               layout(type).block_elements, " values, got ", in_features);
-  PackedLinear weight{type, out_features, in_features, {}, {}};
+  PackedLinear weight{type, out_features, in_features, {}, {}, {}};
   weight.data = bytes_.narrow(0, used_bytes_, packed_size_bytes(type, out_features, in_features));
   used_bytes_ += size_in_bytes(type, out_features, in_features);
   return weight;
@@ -151,8 +160,9 @@ void linear_add_(Tensor& y, const Tensor& x, const PackedLinear& weight) {
 
 void embedding_out(const Tensor& ids, const PackedLinear& weight, Tensor& y) {
   check_matrix(y, weight.in_features, "embedding output");
+  const int32_t* rows = ids.is_cpu() ? check_ids(ids, y.size(0), weight.out_features, "token ids") : nullptr;
+  if (weight.plain.defined()) return plain::embedding_out(ids, weight, y);
   TORCH_CHECK(float_dtype(y, "embedding output") == DType::kF32, "embedding output: expected float32");
-  const int32_t* rows = check_ids(ids, y.size(0), weight.out_features, "token ids");
   const cpu::PackedWeight packed = kernel_weight(weight);
   float* out = y.mutable_data_ptr<float>();
   for (int64_t t = 0; t < y.size(0); ++t) cpu::dequantise_row(packed, rows[t], out + t * y.stride(0));
@@ -161,6 +171,7 @@ void embedding_out(const Tensor& ids, const PackedLinear& weight, Tensor& y) {
 void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
   check_matrix(x, x.size(-1), "rms_norm input");
   check_matrix(out, x.size(1), "rms_norm output");
+  if (plain::is_chosen(x)) return plain::rms_norm_out(x, weight, eps, out);
   TORCH_CHECK(float_dtype(x, "rms_norm input") == DType::kF32, "rms_norm input: expected float32");
   TORCH_CHECK(x.size(0) == out.size(0), "rms_norm: input has ", x.size(0), " rows, output ", out.size(0));
   cpu::RmsNormParams params;
@@ -178,6 +189,7 @@ void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor& out
 
 void head_norm_(Tensor& x, const Tensor& weight, double eps) {
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1, "head_norm: expected [tokens, heads, head_dim], got ", x.sizes());
+  if (plain::is_chosen(x)) return plain::head_norm_(x, weight, eps);
   cpu::HeadNormParams params;
   params.dtype = float_dtype(x, "head_norm input");
   params.x = x.mutable_data_ptr();
@@ -204,6 +216,7 @@ void rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& o
   TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1, "rotary: expected [tokens, heads, head_dim], got ", x.sizes());
   TORCH_CHECK(out.sizes() == x.sizes() && out.stride(2) == 1 && out.scalar_type() == x.scalar_type(),
               "rotary: the output must be like the input ", x.sizes(), ", got ", out.sizes());
+  if (plain::is_chosen(x)) return plain::rotary_out(x, cos, sin, out);
   TORCH_CHECK(cos.dim() == 2 && cos.is_contiguous() && sin.is_contiguous() && cos.sizes() == sin.sizes() &&
                   cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.size(1) * 2 == x.size(2) &&
                   (cos.size(0) == x.size(0) || cos.size(0) == 1),
@@ -231,6 +244,7 @@ void rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& o
 Tensor swiglu_(Tensor& gate_up) {
   check_matrix(gate_up, gate_up.size(-1), "swiglu input");
   TORCH_CHECK(gate_up.size(1) % 2 == 0, "swiglu input: expected [rows, 2 * ffn], got ", gate_up.sizes());
+  if (plain::is_chosen(gate_up)) return plain::swiglu_(gate_up);
   const int64_t ffn = gate_up.size(1) / 2;
   Tensor gate = gate_up.narrow(1, 0, ffn);
   const Tensor up = gate_up.narrow(1, ffn, ffn);
@@ -248,11 +262,13 @@ Tensor swiglu_(Tensor& gate_up) {
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {
   check_matrix(logits, logits.size(-1), "logits");
+  const int32_t* rows = check_ids(targets, logits.size(0), logits.size(1), "targets");
+  if (plain::is_chosen(logits)) return plain::cross_entropy(logits, targets);
   TORCH_CHECK(float_dtype(logits, "logits") == DType::kF32, "logits: expected float32");
   Tensor loss = at::empty({logits.size(0)}, at::kDouble);
   cpu::CrossEntropyParams params;
   params.logits = logits.const_data_ptr<float>();
-  params.targets = check_ids(targets, logits.size(0), logits.size(1), "targets");
+  params.targets = rows;
   params.loss = loss.mutable_data_ptr<double>();
   params.logits_stride = logits.stride(0);
   params.rows = static_cast<int32_t>(logits.size(0));
@@ -266,12 +282,13 @@ Tensor row_attention(const RowAttentionInputs& in) {
   const int64_t tokens = in.q.size(1), rows = in.k.size(1), num_heads = in.q.size(2), num_kv_heads = in.k.size(2);
   const int64_t head_dim = in.q.size(3);
   const at::ScalarType dtype = in.q.scalar_type();
-  AttentionFwdParams params{};
-  params.dtype = float_dtype(in.q, "q");
   TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "row_attention: ", num_heads, " heads over ",
               num_kv_heads, " key-value heads");
   TORCH_CHECK(in.num_carried >= 0 && in.num_carried + tokens == rows, "row_attention: ", rows, " key rows for ",
               in.num_carried, " carried rows and ", tokens, " tokens");
+  if (plain::is_chosen(in.q)) return plain::row_attention(in);
+  AttentionFwdParams params{};
+  params.dtype = float_dtype(in.q, "q");
   check_heads(in.q, tokens, num_heads, head_dim, dtype, "q");
   check_heads(in.k, rows, num_kv_heads, head_dim, dtype, "k");
   check_heads(in.v, rows, num_kv_heads, head_dim, dtype, "v");
@@ -301,7 +318,8 @@ Tensor row_attention(const RowAttentionInputs& in) {
   params.v = in.v.const_data_ptr();
   params.scores = scores.const_data_ptr();
   params.tau = tau.const_data_ptr();
-  params.window_begin = int_vector(in.window_begin, tokens, "window_begin");
+  const Tensor window_begin = in.window_begin.defined() ? in.window_begin : at::zeros({tokens}, at::kInt);
+  params.window_begin = int_vector(window_begin, tokens, "window_begin");
   params.far_begin = far_begin.const_data_ptr<int32_t>();
   params.far_end = far_end.const_data_ptr<int32_t>();
   params.out = out.mutable_data_ptr();

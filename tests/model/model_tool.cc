@@ -57,7 +57,8 @@ int run(int argc, char** argv) {
   };
   sparsek::model::LoadOptions load;
   load.path = argv[1];
-  load.dtype = options["dtype"] == "f32" ? at::kFloat : at::kBFloat16;
+  load.placement.dtype = options["dtype"] == "f32" ? at::kFloat : at::kBFloat16;
+  load.placement.plain = options.contains("plain");
   load.attention.kind = sparsek::model::parse_attention_kind(options["attention"]);
   load.attention.topk = number("topk");
   load.attention.window_size = number("window");

@@ -14,6 +14,7 @@
 #include "model/adapter.h"
 #include "model/checkpoint.h"
 #include "model/state_size.h"
+#include "model/weights.h"
 #include "tests/model/tiny_model.h"
 
 namespace sparsek::model {
@@ -61,14 +62,21 @@ double max_difference(const std::vector<float>& a, const std::vector<float>& b) 
   return worst;
 }
 
+double mean_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += std::abs(double{a[i]} - double{b[i]});
+  return a.size() == b.size() ? sum / static_cast<double>(a.size()) : INFINITY;
+}
+
 class TransformerTest : public testing::Test {
  protected:
   void SetUp() override {
     test::tiny_llama().write(folder_.path());
     config_ = read_model_config(folder_.path());
   }
-  Transformer load(const AttentionRequest& attention, at::ScalarType dtype = at::kFloat) const {
-    return Transformer::load({.path = folder_.path(), .attention = attention, .dtype = dtype});
+  Transformer load(const AttentionRequest& attention, at::ScalarType dtype = at::kFloat, bool plain = false) const {
+    return Transformer::load(
+        {.path = folder_.path(), .attention = attention, .placement = {.dtype = dtype, .plain = plain}});
   }
   // A random adapter; hidden 0: linear. Returns its path.
   std::string adapter(double alpha, int64_t hidden, bool timestep_norm) const {
@@ -178,19 +186,82 @@ TEST_F(TransformerTest, EverythingVisibleIsDense) {
   EXPECT_LE(max_difference(read(load(many), ids, {17}), dense), 1e-4);
 }
 
+// What another device computes, on the CPU: torch's own operations, plain weights, and single tokens as a step that is
+// repeated on the same tensors and may know no position but the one in them.
+TEST_F(TransformerTest, PlainOperationsGiveTheSameLogits) {
+  const std::vector<AttentionRequest> requests = {
+      {.kind = AttentionKind::kDense},
+      {.kind = AttentionKind::kWindow, .window_size = 12, .num_sinks = 3},
+      {.kind = AttentionKind::kWindow, .window_size = 5, .num_sinks = 9, .far_distance = 0},
+      {.topk = 8, .window_size = 12, .num_sinks = 2},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 0},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .scorer = "key_norm", .slope = 5},
+      {.scorer = adapter(/*alpha=*/0.7, /*hidden=*/6, /*timestep_norm=*/true)},
+  };
+  std::vector<int32_t> ids = random_ids(90);
+  for (const AttentionRequest& request : requests) {
+    const std::vector<float> packed = read(load(request), ids, {90});
+    const Transformer plain = load(request, at::kFloat, /*plain=*/true);
+    for (const std::vector<int64_t>& pieces : std::vector<std::vector<int64_t>>{{90}, {7}, {1}, {3, 1, 1, 40, 2, 1}}) {
+      EXPECT_LE(max_difference(read(plain, ids, pieces), packed), 2e-4)
+          << describe(plain.attention()) << " pieces " << testing::PrintToString(pieces);
+    }
+    if (request.scorer.ends_with("safetensors")) continue;  // random scorers choose other keys after rounding
+    const double rounding = mean_difference(read(load(request, at::kBFloat16), ids, {90}), packed);
+    const Transformer bf16 = load(request, at::kBFloat16, /*plain=*/true);
+    EXPECT_LE(mean_difference(read(bf16, ids, {90}), packed), 2 * rounding) << describe(plain.attention());
+    EXPECT_GT(rounding, 1e-4);
+  }
+}
+
+// Steps of two states of one model take turns, and one of them starts over with a chunk.
+TEST_F(TransformerTest, RepeatedStepsBelongToTheirState) {
+  const Transformer model = load({.topk = 8, .window_size = 12, .num_sinks = 2}, at::kFloat, /*plain=*/true);
+  std::vector<int32_t> ids = random_ids(60);
+  const std::vector<float> whole = read(model, ids, {60});
+  DecodeState states[2] = {model.new_state(), model.new_state()};
+  std::vector<float> interleaved[2];
+  const auto step = [&](int which, int64_t first, int64_t count) {
+    const at::Tensor logits = model.logits(model.forward(as_tensor(ids, first, count), states[which]));
+    interleaved[which].insert(interleaved[which].end(), logits.const_data_ptr<float>(),
+                              logits.const_data_ptr<float>() + logits.numel());
+  };
+  for (int64_t t = 0; t < 20; ++t) {
+    step(0, t, 1);
+    step(1, t, 1);
+  }
+  step(1, 20, 15);
+  for (int64_t t = 20; t < 60; ++t) {
+    step(0, t, 1);
+    if (t >= 35) step(1, t, 1);
+  }
+  EXPECT_LE(max_difference(interleaved[0], whole), 2e-4);
+  EXPECT_LE(max_difference(interleaved[1], whole), 2e-4);
+}
+
+TEST_F(TransformerTest, PlainWeightsTakeTheBytesThatWerePlanned) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const Transformer model = load({}, dtype, /*plain=*/true);
+    EXPECT_EQ(model.weight_bytes(), planned_weight_bytes(Checkpoint(folder_.path()), {.dtype = dtype, .plain = true}));
+  }
+  EXPECT_EQ(load({}, at::kFloat, true).weight_bytes(), 4 * config_.num_parameters());
+}
+
 TEST_F(TransformerTest, LossesAreThoseOfTheLogits) {
-  const Transformer model = load({});
-  std::vector<int32_t> ids = random_ids(150);  // more than one block of rows
-  DecodeState state = model.new_state();
-  const at::Tensor hidden = model.forward(as_tensor(ids, 0, 149), state);
-  const std::vector<double> losses = model.losses(hidden, as_tensor(ids, 1, 149));
-  const at::Tensor logits = model.logits(hidden);
-  ASSERT_EQ(losses.size(), 149u);
-  for (int64_t t = 0; t < 149; ++t) {
-    const float* row = logits.const_data_ptr<float>() + t * 61;
-    double sum = 0;
-    for (int v = 0; v < 61; ++v) sum += std::exp(double{row[v]});
-    EXPECT_NEAR(losses[t], std::log(sum) - row[ids[t + 1]], 2e-4) << t;
+  for (const bool plain : {false, true}) {
+    const Transformer model = load({}, at::kFloat, plain);
+    std::vector<int32_t> ids = random_ids(150);  // more than one block of rows
+    DecodeState state = model.new_state();
+    const at::Tensor hidden = model.forward(as_tensor(ids, 0, 149), state);
+    const std::vector<double> losses = model.losses(hidden, as_tensor(ids, 1, 149));
+    const at::Tensor logits = model.logits(hidden);
+    ASSERT_EQ(losses.size(), 149u);
+    for (int64_t t = 0; t < 149; ++t) {
+      const float* row = logits.const_data_ptr<float>() + t * 61;
+      double sum = 0;
+      for (int v = 0; v < 61; ++v) sum += std::exp(double{row[v]});
+      EXPECT_NEAR(losses[t], std::log(sum) - row[ids[t + 1]], 2e-4) << t;
+    }
   }
 }
 
@@ -255,11 +326,14 @@ TEST_F(TransformerTest, StateBytesOfEveryKindAreThoseOfTheState) {
 }
 
 TEST_F(TransformerTest, RefusesIdsOutsideTheVocabulary) {
-  const Transformer model = load({});
-  DecodeState state = model.new_state();
-  for (const int32_t bad : {-1, 61}) {
-    std::vector<int32_t> ids = {0, bad};
-    EXPECT_THROW(model.forward(as_tensor(ids, 0, 2), state), c10::Error);
+  for (const bool plain : {false, true}) {
+    const Transformer model = load({}, at::kFloat, plain);
+    DecodeState state = model.new_state();
+    for (const int32_t bad : {-1, 61}) {
+      std::vector<int32_t> ids = {0, bad};
+      EXPECT_THROW(model.forward(as_tensor(ids, 0, 2), state), c10::Error);
+      EXPECT_THROW(model.forward(as_tensor(ids, 1, 1), state), c10::Error);
+    }
   }
 }
 

@@ -30,7 +30,7 @@ std::string refusal(const std::function<void(TinyModel&)>& damage) {
   damage(model);
   const TemporaryFolder folder;
   model.write(folder.path());
-  return message_of<DataError>([&] { load_weights(Checkpoint(folder.path()), at::kFloat); });
+  return message_of<DataError>([&] { load_weights(Checkpoint(folder.path()), {.dtype = at::kFloat}); });
 }
 
 TEST(Weights, TypesThatStayAndTypesThatAreReencoded) {
@@ -49,7 +49,8 @@ TEST(Weights, PlanEqualsWhatIsAllocated) {
   const TemporaryFolder folder;
   test::tiny_llama().write(folder.path());
   const Checkpoint checkpoint(folder.path());
-  EXPECT_EQ(load_weights(checkpoint, at::kFloat).size_in_bytes(), planned_weight_bytes(checkpoint, at::kFloat));
+  EXPECT_EQ(load_weights(checkpoint, {.dtype = at::kFloat}).size_in_bytes(),
+            planned_weight_bytes(checkpoint, {.dtype = at::kFloat}));
 }
 
 TEST(Weights, MissingMisshapenAndUnknownTensorsAreNamed) {

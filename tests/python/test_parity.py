@@ -162,6 +162,20 @@ def test_smollm2_logits(tool, smollm2, smollm2_reference, tmp_path, tokens, chun
     assert max_difference(logits, wanted[:tokens]) <= 2e-3
 
 
+@pytest.mark.parametrize("options", [dict(attention="dense"), dict(attention="window", window=60),
+                                     dict(attention="sparsek", topk=30, window=60)])
+def test_plain_operations_compute_what_packed_weights_do(tool, smollm2, smollm2_reference, tmp_path, options):
+    """What a GPU computes (torch's own operations on dequantised weights), on the CPU, against the quantised weights' kernels."""
+    ids, found = smollm2_reference[0][:200], {}
+    for dtype in ("f32", "bf16"):
+        for plain in ({}, dict(plain=1)):
+            _, logits = run_tool(tool, smollm2, ids, tmp_path, dtype=dtype, chunk=50, steps=20, **plain, **options)
+            found[dtype, bool(plain)] = logits.astype(np.float64)
+    exact = found["f32", False]
+    assert max_difference(found["f32", True], exact) <= 2e-3
+    assert not np.abs(found["bf16", True] - exact).mean() > 2 * np.abs(found["bf16", False] - exact).mean()
+
+
 @pytest.mark.parametrize("dtype, limit", [("f32", 1e-3), ("bf16", 3e-3)])
 def test_smollm2_loss(tool, smollm2, smollm2_reference, tmp_path, dtype, limit):
     ids, _, wanted = smollm2_reference
@@ -275,9 +289,9 @@ def test_tiny_checkpoints(tool, tmp_path, family):
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     write_gguf(tmp_path / "twin.gguf", model)
     for source in ["whole", "sharded", "twin.gguf"]:
-        for chunk, steps in [(300, 0), (37, 20)]:
-            _, logits = run_tool(tool, tmp_path / source, ids, tmp_path, dtype="f32", chunk=chunk, steps=steps)
-            assert max_difference(logits, wanted) <= 1e-4, (source, chunk, steps)
+        for chunk, steps, more in [(300, 0, {}), (37, 20, {}), (37, 20, dict(plain=1))]:
+            _, logits = run_tool(tool, tmp_path / source, ids, tmp_path, dtype="f32", chunk=chunk, steps=steps, **more)
+            assert max_difference(logits, wanted) <= 1e-4, (source, chunk, steps, more)
 
 
 @pytest.mark.parametrize("matrix_type", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])
@@ -296,6 +310,8 @@ def test_types_of_weights(tool, tmp_path, matrix_type):
     report, logits = run_tool(tool, tmp_path / "model.gguf", ids, tmp_path, dtype="f32", chunk=150, steps=50)
     assert max_difference(logits, wanted) <= 1e-4
     assert bool(report["notices"]) == (matrix_type == "F16")  # held in F32
+    _, plain = run_tool(tool, tmp_path / "model.gguf", ids, tmp_path, dtype="f32", chunk=150, steps=50, plain=1)
+    assert max_difference(plain, wanted) <= 1e-4
 
 
 def k_quant_blocks(shape, kind, rng):

@@ -75,7 +75,7 @@ TEST_P(AgainstInference, SameLosses) {
   }
   const Network network(config, std::move(parameters), settings, {.dtype = at::kFloat});
   const model::Transformer inference =
-      model::Transformer::load({.path = folder.path(), .attention = request, .dtype = at::kFloat});
+      model::Transformer::load({.path = folder.path(), .attention = request, .placement = {.dtype = at::kFloat}});
 
   std::mt19937_64 generator(7);
   std::vector<int32_t> ids(90);
