@@ -14,10 +14,18 @@ _CUDA_NAME = "libsparsek_ops_cuda.so"
 
 # The operations that libsparsek_ops_cuda.so has kernels for.
 CUDA_OPERATIONS = (
+    "normalise_scores",
+    "normalise_scores_backward",
+    "sparsek",
+    "sparsek_backward",
     "select",
     "_select_rows",
+    "_visibility",
+    "_chunk_visibility",
+    "_window_rows",
     "_attention_rows",
     "attention_backward",
+    "_window_mass_rows",
 )
 
 _cuda_kernels_absent = None  # a torch.library.Library while calls on a GPU are answered with what is missing

@@ -5,9 +5,15 @@ and everything the selection returns [batch, seqlen, num_kv_heads]; softmax_lse 
 dimension of q, k, v is contiguous, other strides are free. q, k and v are float32, bfloat16 or float64; scores are
 float32, or float64 with float64 q. head_dim is a multiple of 8 up to 256, num_heads a multiple of num_kv_heads.
 
+On a GPU q, k and v are bfloat16 or float16, scores float32; head_dim is 64 or 128, num_heads at most 64 times
+num_kv_heads; rows of q, k and v lie at multiples of 16 bytes, none of them twice (no `expand`). Every operation runs on
+the current stream, waits for nothing on the host and can be captured in a CUDA graph; only cu_seqlens that lie on the
+CPU break that: they are checked and copied. On the GPU they are taken as they are, clamped to the sequence.
+
 Errors are the same everywhere: ValueError for a wrong shape, stride, device or value, TypeError for a wrong dtype,
-NotImplementedError for a second derivative; each message states what was wanted and what was given. Scores must be
-finite: on the CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN. So does, on the CPU,
+NotImplementedError for a second derivative; each message states what was wanted and what was given. (Given to `select`,
+`normalise_scores`, `sparsek` or `decode_step` on a GPU, a wrong dtype is a ValueError too.) Scores must be finite: on the
+CPU others raise RuntimeError, on a GPU they turn that head's later rows into NaN. So does, on the CPU,
 a state whose slots and pool do not fit its lengths: set nothing back, start with `new_state`.
 """
 
@@ -144,7 +150,7 @@ def attention(
 
     Args:
         q: [batch, seqlen, num_heads, head_dim]. k, v: [batch, seqlen, num_kv_heads, head_dim]. All float32, bfloat16 or
-            float64; head_dim a multiple of 8 up to 256. Autocast casts them.
+            float64, head_dim a multiple of 8 up to 256; on a GPU bfloat16 or float16, 64 or 128. Autocast casts them.
         scores: [batch, seqlen, num_kv_heads], float32 (float64 with float64 q; a scorer under autocast wants
             `.float()`): a key's score, finite. Gradients: eq. 10-11.
         topk, window_size, num_sinks, pool_size, cu_seqlens: as in `select`.
@@ -274,7 +280,8 @@ def new_state(
     Args:
         batch, num_kv_heads, head_dim, topk, window_size, num_sinks, pool_size: as the chunks and steps will have them.
         far_rotary: whether they will come with q_far and k_far. delayed_scores: as in `attention_chunk`.
-        dtype: of q, k and v: float32, bfloat16 or float64; None is torch.get_default_dtype().
+        dtype: of q, k and v: float32, bfloat16 or float64, on a GPU bfloat16 or float16; None is
+            torch.get_default_dtype().
     """
     state = AttentionState(
         *_ops.new_state(

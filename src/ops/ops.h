@@ -1,6 +1,6 @@
 // The operations as C++ functions on tensors. Each goes through torch's dispatcher (schemas: ops/schema.cc), so
-// autograd, autocast, meta tensors and later CUDA apply. Layouts: q, out [batch, seqlen, num_heads, head_dim]; k, v
-// [batch, seqlen, num_kv_heads, head_dim]; scores [batch, seqlen, num_kv_heads]; softmax_lse [batch, num_heads,
+// autograd, autocast, meta tensors and CUDA (ops/cuda) apply. Layouts: q, out [batch, seqlen, num_heads, head_dim]; k,
+// v [batch, seqlen, num_kv_heads, head_dim]; scores [batch, seqlen, num_kv_heads]; softmax_lse [batch, num_heads,
 // seqlen].
 #pragma once
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,6 @@
 // _attention_rows and attention_backward on the GPU: eq. 7-11 on rows (kernels/params.h).
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/rows/live_lists.h"
 #include "ops/cuda/checks.h"
 #include "ops/cuda/far_lists.h"
 
@@ -123,9 +124,10 @@ struct Rows {
 
 // The rows' lists: those given, or made here, which takes memory by max_far.
 struct Lists {
+  MaybeTensor memory, workspace;
   sparsek::cuda::LiveLists lists{};
 
-  Lists(const Rows& rows, std::optional<int64_t> max_far, const MaybeTensor& far_lists) {
+  Lists(const Rows& rows, std::optional<int64_t> max_far, const MaybeTensor& far_lists, const OnDevice& here) {
     check_value(max_far.has_value(), "max_far, the most far rows that a query sees, must be given on a GPU");
     const int chunk = sparsek::cuda::attention_chunk(static_cast<int>(rows.num_heads / rows.num_kv_heads));
     const FarLists sizes(rows.batch * rows.num_kv_heads, rows.seqlen_q, rows.seqlen_k, *max_far, chunk);
@@ -135,7 +137,10 @@ struct Lists {
       lists = sizes.in(*far_lists);
       return;
     }
-    throw std::runtime_error("CUDA: lists of far rows of a given selection are not written yet");
+    memory = empty({sizes.size()}, ScalarType::Int, rows.q);
+    lists = sizes.in(*memory);
+    workspace = here.workspace(sparsek::cuda::live_lists_workspace_bytes(rows.params, chunk));
+    sparsek::cuda::live_lists(rows.params, chunk, lists, workspace->mutable_data_ptr(), here.stream());
   }
 };
 
@@ -158,7 +163,7 @@ Tensors2 attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, const
                softmax_lse = empty({rows.batch, rows.num_heads, rows.seqlen_q}, ScalarType::Float, q);
   rows.params.out = out.mutable_data_ptr();
   rows.params.softmax_lse = softmax_lse.mutable_data_ptr();
-  const Lists lists(rows, max_far, far_lists);
+  const Lists lists(rows, max_far, far_lists, here);
   check_max_far(rows, max_far, sparsek::cuda::attention_kernel_set(rows.params, lists.lists), !rows.far);
   sparsek::cuda::attention_forward(rows.params, lists.lists, here.stream());
   return {out, softmax_lse};
@@ -210,7 +215,7 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
   params.dout_strides = rows.params.out_strides;
   params.num_pool_rows = checked_int32("pool rows", rows.num_pool_rows);
   params.deterministic = deterministic;
-  const Lists lists(rows, max_far, far_lists);
+  const Lists lists(rows, max_far, far_lists, here);
   check_max_far(rows, max_far, sparsek::cuda::attention_backward_kernel_set(params, lists.lists), false);
   const Tensor workspace = here.workspace(sparsek::cuda::attention_backward_workspace_bytes(params, lists.lists));
   sparsek::cuda::attention_backward(params, lists.lists, workspace.mutable_data_ptr(), here.stream());
