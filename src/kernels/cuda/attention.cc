@@ -3,9 +3,9 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/portable/attention.h"
 #include "kernels/cuda/sm90/attention.h"
 
 namespace sparsek::cuda {
@@ -33,9 +33,9 @@ const char* name(KernelSet set) {
 }
 
 const char* attention_unsupported(DType dtype, int head_dim, int num_heads, int num_kv_heads) {
-  if (compute_capability() != 90) return "a device of compute capability 9.0";
-  if (dtype != DType::kBF16) return "dtype bfloat16";
-  if (head_dim != 128) return "head_dim 128";
+  if (compute_capability() < 80) return "devices of compute capability 8.0 or later";
+  if (dtype != DType::kBF16 && dtype != DType::kF16) return "dtypes bfloat16 and float16";
+  if (head_dim != 64 && head_dim != 128) return "head_dim 64 and 128";
   if (num_heads > 64 * num_kv_heads) return "at most 64 query heads per key/value head";
   return nullptr;
 }
@@ -63,7 +63,7 @@ void attention_forward(const AttentionFwdParams& params, const LiveLists& live, 
   if (attention_kernel_set(params, live, choice) == KernelSet::kSm90) {
     sm90::attention_forward(params, live, stream);
   } else {
-    throw std::runtime_error("CUDA: the portable kernels are not written yet");
+    portable::attention_forward(params, live, stream);
   }
 }
 
@@ -72,7 +72,7 @@ int64_t attention_backward_workspace_bytes(const AttentionBwdParams& params, con
   if (attention_backward_kernel_set(params, live, choice) == KernelSet::kSm90) {
     return sm90::attention_backward_workspace_bytes(params, live);
   }
-  throw std::runtime_error("CUDA: the portable kernels are not written yet");
+  return portable::attention_backward_workspace_bytes(params, live);
 }
 
 void attention_backward(const AttentionBwdParams& params, const LiveLists& live, void* workspace, cudaStream_t stream,
@@ -80,7 +80,7 @@ void attention_backward(const AttentionBwdParams& params, const LiveLists& live,
   if (attention_backward_kernel_set(params, live, choice) == KernelSet::kSm90) {
     sm90::attention_backward(params, live, workspace, stream);
   } else {
-    throw std::runtime_error("CUDA: the portable kernels are not written yet");
+    portable::attention_backward(params, live, workspace, stream);
   }
 }
 

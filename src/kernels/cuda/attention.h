@@ -1,6 +1,8 @@
 // Attention on the GPU: eq. 7-9 and section 5 of docs/math.md. bfloat16 or float16; scores, tau, softmax_lse and
 // dscores float32. Two sets of kernels serve it: sm90 (wgmma and TMA, devices of compute capability 9.0) and portable
-// (mma.sync, 8.0 or later). A call runs on sm90 where sm90::serves_* says yes, else on portable.
+// (mma.sync, 8.0 or later). A call runs on sm90 where sm90::serves_* says yes, else on portable: on a 9.0 device those
+// are calls with more far rows than attention_max_far and backwards that must be deterministic, at about half the speed
+// (docs/decisions/portable-attention.md). attention_kernel_set tells which.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,0 +1,7 @@
+#include "kernels/cuda/portable/attention_fwd/kernel.cuh"
+
+namespace sparsek::cuda::portable {
+
+template void launch_forward<__half>(const Problem& problem, cudaStream_t stream);
+
+}  // namespace sparsek::cuda::portable
