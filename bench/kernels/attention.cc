@@ -1,15 +1,17 @@
 // Times selection, attention forward and backward on the GPU through their host functions; tests/kernels/cuda checks
 // them. Usage: bench_attention T heads kv_heads topk window [scores: 0 normal, 1 rising] [backward: 0 no, 1 yes] [far:
-// 0, 1] [repeats] [head_dim: 64, 128] [dtype: 0 bf16, 1 fp16]
+// 0, 1] [repeats] [set=portable] [dtype=float16] [head_dim=64] [deterministic=1]
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "base/bf16.h"
@@ -31,14 +33,19 @@ T* device(int64_t count) {
   return static_cast<T*>(memory);
 }
 
-// Normal values as bf16 or fp16; blocks of 2^22 repeat.
-uint16_t* normal_values(int64_t count, int seed, float deviation, DType dtype) {
+// Normal values; blocks of 2^22 repeat.
+uint16_t* normal_values(DType dtype, int64_t count, int seed, float deviation) {
   std::mt19937 engine(seed);
   std::normal_distribution<float> normal(0, deviation);
   std::vector<uint16_t> block(std::min<int64_t>(count, 1 << 22));
   for (uint16_t& x : block) {
     const float value = normal(engine);
-    x = dtype == DType::kBF16 ? to_bf16(value).bits : std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+    if (dtype == DType::kBF16) {
+      x = to_bf16(value).bits;
+    } else {
+      const __half half = __float2half_rn(value);
+      std::memcpy(&x, &half, sizeof(x));
+    }
   }
   uint16_t* const data = device<uint16_t>(count);
   for (int64_t at = 0; at < count; at += std::ssize(block)) {
@@ -78,14 +85,32 @@ std::string text(const Timing& t) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto argument = [&](int n, int otherwise) { return argc > n ? std::atoi(argv[n]) : otherwise; };
+  cuda::KernelChoice choice = cuda::KernelChoice::kAutomatic;
+  DType dtype = DType::kBF16;
+  int head_dim = 128;
+  bool deterministic = false;
+  std::vector<int> numbers;
+  for (int n = 1; n < argc; ++n) {
+    const std::string_view word = argv[n], value = word.substr(word.find('=') + 1);
+    if (value.size() == word.size())
+      numbers.push_back(std::atoi(argv[n]));
+    else if (word == "set=portable")
+      choice = cuda::KernelChoice::kPortable;
+    else if (word == "dtype=float16")
+      dtype = DType::kF16;
+    else if (word.starts_with("head_dim="))
+      head_dim = std::atoi(value.data());
+    else if (word == "deterministic=1")
+      deterministic = true;
+    else
+      return fmt::print(stderr, "bench_attention: unknown option {}\n", word), 2;
+  }
+  const auto argument = [&](size_t n, int otherwise) { return numbers.size() >= n ? numbers[n - 1] : otherwise; };
   const int seqlen = argument(1, 65536), heads = argument(2, 16), kv_heads = argument(3, 16), topk = argument(4, 1024),
             window = argument(5, 1024);
   const bool rising = argument(6, 0) != 0, backward = argument(7, 1) != 0, far = argument(8, 0) != 0;
   const int repeats = argument(9, 15), chunk = cuda::attention_chunk(heads / kv_heads),
             num_chunks = (seqlen + chunk - 1) / chunk;
-  const int head_dim = argument(10, 128);
-  const DType dtype = argument(11, 0) != 0 ? DType::kF16 : DType::kBF16;
   const int64_t size = int64_t{seqlen} * kv_heads, q_size = int64_t{seqlen} * heads * head_dim,
                 k_size = size * head_dim;
   std::mt19937 engine(5);
@@ -115,9 +140,9 @@ int main(int argc, char** argv) {
   AttentionBwdParams params{};
   AttentionFwdParams& fwd = params.fwd;
   fwd.dtype = dtype;
-  fwd.q = normal_values(q_size, 1, 1.5f, dtype), fwd.k = normal_values(k_size, 2, 1, dtype),
-  fwd.v = normal_values(k_size, 3, 1, dtype);
-  if (far) fwd.q_far = normal_values(q_size, 4, 1, dtype), fwd.k_far = normal_values(k_size, 5, 1, dtype);
+  fwd.q = normal_values(dtype, q_size, 1, 1.5f), fwd.k = normal_values(dtype, k_size, 2, 1),
+  fwd.v = normal_values(dtype, k_size, 3, 1);
+  if (far) fwd.q_far = normal_values(dtype, q_size, 4, 1), fwd.k_far = normal_values(dtype, k_size, 5, 1);
   fwd.scores = rows.row_scores, fwd.tau = tau, fwd.window_begin = rows.window_begin, fwd.far_begin = rows.far_begin,
   fwd.far_end = rows.far_end;
   fwd.out = device<uint16_t>(q_size), fwd.softmax_lse = device<float>(int64_t{heads} * seqlen);
@@ -127,23 +152,28 @@ int main(int argc, char** argv) {
   fwd.head_dim = head_dim;
   fwd.gate = Gate::kSoft, fwd.softmax_scale = 1 / std::sqrt(static_cast<double>(head_dim));
   const auto run_select = [&] { cuda::select(select, rows, chunk, select_workspace, nullptr); };
-  const auto run_forward = [&] { cuda::attention_forward(fwd, rows.live, nullptr); };
+  const auto run_forward = [&] { cuda::attention_forward(fwd, rows.live, nullptr, choice); };
   const Timing t_select = time_of(repeats, run_select), t_forward = time_of(repeats, run_forward),
                t_behind = time_of(repeats, run_forward, run_select),
                t_both = time_of(repeats, [&] { run_select(), run_forward(); });
-  std::string line = fmt::format("T {} heads {}/{} k {} w {} {}{}: select {} forward {}, behind select {}, together {}",
-                                 seqlen, heads, kv_heads, topk, window, rising ? "rising" : "normal", far ? " far" : "",
-                                 text(t_select), text(t_forward), text(t_behind), text(t_both));
+  std::string line = fmt::format(
+      "{} {} head_dim {} T {} heads {}/{} k {} w {} {}{}: select {} forward {}, behind select {}, together {}",
+      cuda::name(cuda::attention_kernel_set(fwd, rows.live, choice)), name(dtype), head_dim, seqlen, heads, kv_heads,
+      topk, window, rising ? "rising" : "normal", far ? " far" : "", text(t_select), text(t_forward), text(t_behind),
+      text(t_both));
   if (backward) {
-    params.dout = normal_values(q_size, 6, 1, dtype), params.dout_strides = fwd.out_strides;
+    params.dout = normal_values(dtype, q_size, 6, 1), params.dout_strides = fwd.out_strides;
+    params.deterministic = deterministic;
     params.frac_begin = select.frac_begin, params.frac_end = select.frac_end;
     params.dq = device<uint16_t>(q_size), params.dk = device<uint16_t>(k_size), params.dv = device<uint16_t>(k_size),
     params.dscores = device<float>(size);
     if (far) params.dq_far = device<uint16_t>(q_size), params.dk_far = device<uint16_t>(k_size);
-    void* const workspace = device<uint8_t>(cuda::attention_backward_workspace_bytes(params, rows.live));
-    const auto run_backward = [&] { cuda::attention_backward(params, rows.live, workspace, nullptr); };
-    const Timing t_all = time_of(repeats, [&] { run_select(), run_forward(), run_backward(); });
-    line += fmt::format(" with backward {}", text(t_all));
+    void* const workspace = device<uint8_t>(cuda::attention_backward_workspace_bytes(params, rows.live, choice));
+    const auto run_backward = [&] { cuda::attention_backward(params, rows.live, workspace, nullptr, choice); };
+    const Timing t_backward = time_of(repeats, run_backward),
+                 t_all = time_of(repeats, [&] { run_select(), run_forward(), run_backward(); });
+    line += fmt::format(", backward {} by {}, all {}", text(t_backward),
+                        cuda::name(cuda::attention_backward_kernel_set(params, rows.live, choice)), text(t_all));
   }
   fmt::print("{} ms; {:.2f} GiB\n", line, static_cast<double>(allocated_bytes) / (1 << 30));
 }
