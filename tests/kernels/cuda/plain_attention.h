@@ -40,15 +40,17 @@ inline Values from_bits(const std::vector<uint16_t>& bits, DType dtype) {
 }
 
 struct PlainAttention {
-  // Shapes as in AttentionBwdParams; values of q, k, v, q_far, k_far and dout are two-byte values.
+  // Shapes as in AttentionBwdParams. q, k, v, q_far, k_far, dout and out hold two-byte values, whose products are
+  // exact.
   DType dtype;
   int64_t batch, seqlen_q, seqlen_k, num_carried, num_heads, num_kv_heads, head_dim;
   Gate gate;
   double softmax_scale;
-  Values q = {}, k = {}, v = {}, q_far = {}, k_far = {}, dout = {};
+  std::vector<float> q = {}, k = {}, v = {}, q_far = {}, k_far = {}, dout = {};
   std::vector<float> scores = {}, tau = {}, dlse = {};
   std::vector<int32_t> window_begin = {}, far_begin = {}, far_end = {};
-  Values out = {}, dq = {}, dk = {}, dv = {}, dq_far = {}, dk_far = {};  // results
+  std::vector<float> out = {};                                 // result of the forward, input of the backward
+  Values dq = {}, dk = {}, dv = {}, dq_far = {}, dk_far = {};  // results
 
   void forward() {
     out.assign(q.size(), 0);
@@ -59,8 +61,8 @@ struct PlainAttention {
       for (float& x : weights) x = std::exp(x - most), sum += x;
       std::vector<float> result(head_dim);
       for (size_t n = 0; n < keys.size(); ++n)
-        add(result.data(), rounded(weights[n] / sum * keys[n].gate, dtype), &v[keys[n].at]);
-      for (int64_t c = 0; c < head_dim; ++c) out[row.at + c] = rounded(result[c], dtype);
+        add(result.data(), two_bytes(weights[n] / sum * keys[n].gate), &v[keys[n].at]);
+      for (int64_t c = 0; c < head_dim; ++c) out[row.at + c] = two_bytes(result[c]);
     });
   }
   // From `out` and `lse` ([batch, num_heads, seqlen_q]) as the backward is given them.
@@ -71,14 +73,12 @@ struct PlainAttention {
     s_dq_far.resize(q_far.size()), s_dk_far.resize(k_far.size());
     for_each_row([&](const Row& row, const std::vector<Key>& keys) {
       float delta = -dlse[row.lse_at];
-      for (int64_t c = 0; c < head_dim; ++c) delta += static_cast<float>(dout[row.at + c] * out[row.at + c]);
+      delta += dot(&dout[row.at], &out[row.at]);
       for (const Key& key : keys) {
         const bool far = key.is_far && !q_far.empty();
         const float p = std::exp(logit(row, key) - lse[row.lse_at]);
-        float dp = 0;
-        for (int64_t c = 0; c < head_dim; ++c) dp += static_cast<float>(dout[row.at + c] * v[key.at + c]);
-        add(&s_dv[key.at], rounded(p * key.gate, dtype), &dout[row.at]);
-        const double ds = rounded(p * (key.gate * dp - delta), dtype);
+        add(&s_dv[key.at], two_bytes(p * key.gate), &dout[row.at]);
+        const float ds = two_bytes(p * (key.gate * dot(&dout[row.at], &v[key.at]) - delta));
         add(&(far ? s_dq_far : s_dq)[row.at], ds, &(far ? k_far : k)[key.at]);
         add(&(far ? s_dk_far : s_dk)[key.at], ds, &(far ? q_far : q)[row.at]);
       }
@@ -126,14 +126,19 @@ struct PlainAttention {
   }
   float logit(const Row& row, const Key& key) const {
     const bool far = key.is_far && !q_far.empty();
-    const double *a = &(far ? q_far : q)[row.at], *b = &(far ? k_far : k)[key.at];
-    float sum = 0;
-    for (int64_t c = 0; c < head_dim; ++c) sum += static_cast<float>(a[c] * b[c]);
-    return sum * static_cast<float>(softmax_scale);
+    return dot(&(far ? q_far : q)[row.at], &(far ? k_far : k)[key.at]) * static_cast<float>(softmax_scale);
   }
-  void add(float* to, double factor, const double* from) const {
-    for (int64_t c = 0; c < head_dim; ++c) to[c] += static_cast<float>(factor * from[c]);
+  float dot(const float* a, const float* b) const {
+    float sums[8] = {};  // a float32 sum of head_dim values in some order
+    for (int64_t c = 0; c < head_dim; c += 8) {
+      for (int n = 0; n < 8; ++n) sums[n] += a[c + n] * b[c + n];
+    }
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   }
+  void add(float* to, float factor, const float* from) const {
+    for (int64_t c = 0; c < head_dim; ++c) to[c] += factor * from[c];
+  }
+  float two_bytes(float x) const { return static_cast<float>(rounded(x, dtype)); }
 };
 
 }  // namespace sparsek::test

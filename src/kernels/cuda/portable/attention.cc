@@ -25,6 +25,8 @@ void describe(const AttentionFwdParams& params, const LiveLists& live, Problem& 
   p.scale = static_cast<float>(params.softmax_scale);
   p.scale_log2 = static_cast<float>(params.softmax_scale * 1.4426950408889634);
   assert(serves(params.dtype, params.head_dim, p.group) && p.chunk % p.positions_per_step == 0);
+  for ([[maybe_unused]] const Strides* strides : {&params.k_strides, &params.v_strides, &params.k_far_strides})
+    assert(strides->seq >= 0 && strides->seq < int64_t{1} << 31);  // tile.cuh: a row's stride in bytes is 32 bits
 }
 
 ScoreGradientParams gradient_params(const AttentionBwdParams& params) {
