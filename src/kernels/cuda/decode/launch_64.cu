@@ -1,0 +1,7 @@
+#include "kernels/cuda/decode/launch.cuh"
+
+namespace sparsek::cuda::decode {
+
+template void launch<64>(const Problem& p, cudaStream_t stream);
+
+}  // namespace sparsek::cuda::decode
