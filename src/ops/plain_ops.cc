@@ -16,6 +16,8 @@
 
 #include <limits>
 
+#include "ops/gpu_elementwise.h"
+
 namespace sparsek::ops {
 namespace {
 
@@ -116,7 +118,7 @@ void embedding_out(const Tensor& ids, const PackedLinear& weight, Tensor& y) {
 }
 
 void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
-  out.copy_(at::rms_norm(x, x.size(1), weight, eps));
+  if (!gpu::rms_norm_out(x, weight, eps, out)) out.copy_(at::rms_norm(x, x.size(1), weight, eps));
 }
 
 void head_norm_(Tensor& x, const Tensor& weight, double eps) {
@@ -124,6 +126,7 @@ void head_norm_(Tensor& x, const Tensor& weight, double eps) {
 }
 
 void rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& out) {
+  if (gpu::rotary_out(x, cos, sin, out)) return;
   // Rolled by half a head, each channel stands where its pair was, and sin is (-sin | sin).
   const Tensor rolled = at::roll(x, x.size(2) / 2, 2);
   out.copy_((x * cos.unsqueeze(1)).addcmul_(rolled, sin.unsqueeze(1)));
@@ -132,8 +135,9 @@ void rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& o
 Tensor swiglu_(Tensor& gate_up) {
   const int64_t ffn = gate_up.size(1) / 2;
   Tensor gate = gate_up.narrow(1, 0, ffn);
-  at::silu_(gate);
-  return gate.mul_(gate_up.narrow(1, ffn, ffn));
+  const Tensor up = gate_up.narrow(1, ffn, ffn);
+  if (!gpu::swiglu_(gate, up)) at::silu_(gate).mul_(up);
+  return gate;
 }
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets) {
