@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from program import MODEL, PROGRAM, TEXT, fails, run, write_adapter
 
 
@@ -105,6 +106,10 @@ def test_help_and_version():
     (["--chunk", "0"], ["--chunk", "0"]),
     (["--sinks", "-1"], ["--sinks", "-1"]),
     (["--dtype", "f8"], ["--dtype", "f8", "bf16"]),
+    (["--device", "tpu"], ["--device", "tpu", "cuda:N"]),
+    (["--device", "cuda:"], ["--device", "cuda:", "cuda:N"]),
+    (["--device", "cuda:-1"], ["--device", "cuda:-1"]),
+    (["--device", "cuda:99"], ["--device", "found"]),
     (["--attention", "sparse"], ["--attention", "sparse", "sparsek"]),
     (["--gate", "open"], ["--gate", "open"]),
     (["--far-distance", "far"], ["--far-distance", "far", "off"]),
@@ -126,6 +131,15 @@ def test_help_and_version():
 ])
 def test_wrong_usage_exits_2(text, options, mentions):
     fails(2, "perplexity", text, "--model", "smollm2", *options, mentions=mentions)
+
+
+def test_a_gpu_that_cannot_be_used(text):
+    """What is missing and what to do: a torch with CUDA, a driver and its GPU, or our kernels."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for command in (["perplexity", text], ["generate", "--file", text], ["bench", "model"]):
+        message = fails(2, *command, "--model", "smollm2", "--device", "cuda", mentions=["--device: expected", "leave --device out"])
+        assert ("with CUDA" if torch.version.cuda is None else "GPU") in message
 
 
 def test_wrong_usage_of_generate():
