@@ -39,7 +39,7 @@ class GraphStep final : public RecordedStep {
 
  private:
   void warm_up() {
-    c10::cuda::getCurrentCUDAStream().synchronize();
+    c10::cuda::getCurrentCUDAStream(stream_.device_index()).synchronize();
     const c10::cuda::CUDAStreamGuard guard(stream_);
     work_();
     stream_.synchronize();
@@ -47,7 +47,7 @@ class GraphStep final : public RecordedStep {
   }
 
   void record() {
-    c10::cuda::getCurrentCUDAStream().synchronize();
+    c10::cuda::getCurrentCUDAStream(stream_.device_index()).synchronize();
     const c10::cuda::CUDAStreamGuard guard(stream_);
     graph_.capture_begin();
     work_();
