@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}
 targets=("${@:2}")
-((${#targets[@]})) || targets=(gguf safetensors tokenizer_json bpe)
+((${#targets[@]})) || targets=(gguf safetensors tokenizer_json bpe shard json_line)
 build=build/fuzz
 
 mkdir -p build

@@ -1,6 +1,7 @@
 // One typed config per subcommand, filled by main.cc, and the function that runs it. Each returns the exit code.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,15 @@ struct InspectConfig {
   bool json = false;
 };
 int run_inspect(const InspectConfig& config);
+
+struct InspectShardsConfig {
+  std::string shards;  // folder
+  std::string model;   // of which the shards have to be; empty: any
+  bool verify = false;
+  std::optional<int64_t> document;  // prints its text instead
+  bool json = false;
+};
+int run_inspect_shards(const InspectShardsConfig& config);
 
 struct TokenizeConfig {
   std::vector<std::string> inputs;  // files, folders, patterns

@@ -134,10 +134,35 @@ void add_tokenize(CLI::App& app, TokenizeConfig& config) {
       "A run that ended early goes on when it is started again; the shards are the same.");
 }
 
-void add_inspect(CLI::App& app, InspectConfig& config, AttentionFlags& flags) {
-  CLI::App& command = *app.add_subcommand("inspect", "What a model file holds, and the memory a run takes");
+void add_inspect(CLI::App& app, InspectConfig& config, InspectShardsConfig& shards, AttentionFlags& flags) {
+  CLI::App& command = *app.add_subcommand(
+      "inspect", "What a model file holds, and the memory a run takes; or what a folder of token shards holds");
+  command.add_option("shards", shards.shards,
+                     "folder of token shards; --model is then the one they are to be of, or none");
   add_attention_options(command, config.model, flags);
+  command.get_option("--model")->required(false);
+  command.add_flag("--verify", shards.verify, "read all shards and compare their hashes (shards)");
+  add_count(command, "--document", shards.document, "print the text of this document instead, counted from 0 (shards)");
   command.add_flag("--json", config.json, "one JSON object");
+  command.footer(
+      "Examples:\n"
+      "  sparsek inspect --model smollm2\n"
+      "  sparsek inspect shards --verify\n"
+      "  sparsek inspect shards --model smollm2 --document 0");
+}
+
+int inspect_either(const InspectConfig& config, InspectShardsConfig shards, const CLI::App& command) {
+  if (command.get_option("shards")->count() > 0) {
+    shards.model = config.model.model;
+    shards.json = config.json;
+    return run_inspect_shards(shards);
+  }
+  if (shards.verify || shards.document)
+    throw_usage("inspect: expected a folder of token shards to look into, found none");
+  if (command.get_option("--model")->count() == 0) {
+    throw_usage("inspect: expected --model or a folder of token shards, found neither; see `sparsek inspect --help`");
+  }
+  return run_inspect(config);
 }
 
 CLI::App* add_bench_attention(CLI::App& bench, BenchAttentionConfig& config) {
@@ -200,12 +225,13 @@ int run(int argc, char** argv, std::string& advice) {
   GenerateConfig generate;
   PerplexityConfig perplexity;
   InspectConfig inspect;
+  InspectShardsConfig inspect_shards;
   TokenizeConfig tokenize;
   BenchAttentionConfig bench_attention;
   BenchModelConfig bench_model;
   add_generate(app, generate, flags);
   add_perplexity(app, perplexity, flags);
-  add_inspect(app, inspect, flags);
+  add_inspect(app, inspect, inspect_shards, flags);
   add_tokenize(app, tokenize);
   CLI::App& bench = *app.add_subcommand("bench", "Timings");
   bench.require_subcommand(1);
@@ -225,7 +251,7 @@ int run(int argc, char** argv, std::string& advice) {
   install_interrupt_handler();
   if (app.got_subcommand("generate")) return run_generate(generate);
   if (app.got_subcommand("perplexity")) return run_perplexity(perplexity);
-  if (app.got_subcommand("inspect")) return run_inspect(inspect);
+  if (app.got_subcommand("inspect")) return inspect_either(inspect, inspect_shards, *app.get_subcommand("inspect"));
   if (app.got_subcommand("tokenize")) return run_tokenize(tokenize);
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }

@@ -8,7 +8,9 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "base/mapped_file.h"
 #include "cli/device.h"
+#include "cli/resources.h"
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
 #include "data/quote.h"
@@ -18,6 +20,13 @@ namespace sparsek::cli {
 Tokenizer open_tokenizer(const std::string& model_path) {
   if (std::filesystem::is_directory(model_path)) return Tokenizer::from_hf(HfCheckpoint(model_path));
   return Tokenizer::from_gguf(GgufFile(model_path));
+}
+
+Tokenizer open_tokenizer_file(const std::string& model) {
+  const std::string path = resolve_model(model);
+  if (!path.ends_with(".json") || std::filesystem::is_directory(path)) return open_tokenizer(path);
+  const MappedFile file(path);
+  return Tokenizer::from_json({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, "", path);
 }
 
 at::ScalarType parse_dtype(const std::string& text) {

@@ -14,6 +14,8 @@
 namespace sparsek::cli {
 
 Tokenizer open_tokenizer(const std::string& model_path);
+// What --model names where only its tokenizer is wanted; a tokenizer.json serves too.
+Tokenizer open_tokenizer_file(const std::string& model);
 // Sets the number of threads, loads the model, prints its notices to stderr. expected_tokens: what the run will read
 // and write in all, where that is known.
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,

@@ -4,12 +4,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <thread>
 
 #include "base/error.h"
-#include "base/mapped_file.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
@@ -23,14 +21,6 @@ namespace sparsek::cli {
 namespace {
 
 constexpr int64_t kMaxThreads = 1024, kMaxShardMib = int64_t{1} << 20;
-
-// What --model names, or a tokenizer.json without a model.
-Tokenizer open_tokenizer_of(const std::string& model) {
-  const std::string path = resolve_model(model);
-  if (!path.ends_with(".json") || std::filesystem::is_directory(path)) return open_tokenizer(path);
-  const MappedFile file(path);
-  return Tokenizer::from_json({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, "", path);
-}
 
 std::optional<TokenId> end_token(const std::string& text, const Tokenizer& tokenizer) {
   if (text == "auto") return default_end_token(tokenizer);
@@ -101,7 +91,7 @@ int run_tokenize(const TokenizeConfig& config) {
     throw_usage("--shard-mib: expected 1 to {}, found {}", kMaxShardMib, config.shard_mib);
   }
   if (config.out.empty()) throw_usage("--out: expected the path of a folder, found an empty path");
-  const Tokenizer tokenizer = open_tokenizer_of(config.model);
+  const Tokenizer tokenizer = open_tokenizer_file(config.model);
   const TokenizeOptions options = options_from(config, tokenizer);
   const Stopwatch stopwatch;
   TokenizeResult result;

@@ -1,6 +1,7 @@
 """Writes small seed inputs for the fuzz targets, a folder for each, under the folder given."""
 
 import pathlib
+import struct
 import sys
 
 import gguf
@@ -55,7 +56,7 @@ def write_tokenizer(path, pre_tokenizer, normalizer=None):
 
 
 def main(folder):
-    for name in ("gguf", "safetensors", "tokenizer_json", "bpe"):
+    for name in ("gguf", "safetensors", "tokenizer_json", "bpe", "shard", "json_line"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, pre in enumerate(("gpt-2", "smollm", "llama-bpe", "qwen2")):
         write_gguf(folder / "gguf" / f"{pre}.gguf", pre, with_tensors=i % 2 == 0)
@@ -82,6 +83,16 @@ def main(folder):
     for i, text in enumerate(texts):
         for kind in range(5):
             (folder / "bpe" / f"{i}-{kind}").write_bytes(bytes([kind + 5 * i]) + text.encode())
+    for token_bytes, vocabulary in ((2, 300), (4, 70000)):
+        header = struct.pack("<8sIIqqq64s24x", b"SPKTOKEN", 1, token_bytes, vocabulary, 3, 2, b"a" * 64)
+        tokens = np.array([1, 2, 299], dtype=f"<u{token_bytes}").tobytes()
+        ends = struct.pack("<qqQQ", 0, 2, 5, 6)
+        (folder / "shard" / f"u{token_bytes}").write_bytes(header + tokens.ljust(-(-len(tokens) // 8) * 8, b"\0") + ends)
+    lines = [
+        r'{"text": "a\ud83d\ude00\n", "n": [1, -0.5e+3, true, null, {"text": ""}]}', r'{"te\u0078t":"\ud83d"}', " ",
+    ]  # fmt: skip
+    for i, line in enumerate(lines):
+        (folder / "json_line" / f"{i}").write_bytes(bytes([i]) + line.encode())
     (folder / "bpe" / "invalid").write_bytes(b"\x07\xe2\x82\xff\xed\xa0\x80a\xf0\x9f")
 
 

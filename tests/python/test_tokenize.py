@@ -8,12 +8,14 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 
 import numpy as np
 import pytest
+import tokenizers
 from program import PROGRAM, ROOT, TEXT, fails, run
 from shards import documents, manifest, read_shards, same_bytes
 from test_tokenizer import generated, smollm2  # noqa: F401  (a fixture)
@@ -382,11 +384,54 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     fails(1, "tokenize", f"{tmp_path}/?.txt", "--model", "smollm2", "--out", tmp_path / "out", "--shard-mib", 1, mentions=["inputs", "another"])
 
 
+def test_inspect_counts_and_verifies(corpus, shards, tmp_path):
+    lengths = [len(ids) for ids in documents(shards)]
+    found = json.loads(run("inspect", shards, "--json").stdout)
+    assert found["documents"] == len(lengths) and found["tokens"] == sum(lengths) and found["verified"] is False
+    assert found["length"] == {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)}
+    for row in found["lengths"]:
+        inside = [length for length in lengths if row["from"] <= length < row["to"]]
+        assert row["documents"] == len(inside) and row["tokens"] == sum(inside)
+    assert sum(row["documents"] for row in found["lengths"]) == len(lengths)
+    result = run("inspect", shards, "--verify", "--model", "smollm2")
+    assert result.returncode == 0 and b"hashes are right" in result.stdout
+    for i in (60, 61):
+        assert run("inspect", shards, "--model", "smollm2", "--document", i).stdout.decode() == corpus[1][i] + "<|endoftext|>"
+
+
+def test_inspect_refuses_what_is_damaged_or_of_another_model(shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    victim = copy / manifest(copy)["shards"][2]["file"]
+    data = bytearray(victim.read_bytes())
+    data[5000] ^= 1
+    victim.write_bytes(data)
+    assert run("inspect", copy).returncode == 0  # what no header shows
+    wanted = manifest(copy)["shards"][2]["sha256"]
+    fails(1, "inspect", copy, "--verify", mentions=[victim.name, "sha256", wanted, hashlib.sha256(data).hexdigest()])
+    victim.write_bytes(data[:-8])
+    fails(1, "inspect", copy, mentions=[victim.name, "truncated"])
+    victim.unlink()
+    fails(1, "inspect", copy, mentions=[victim.name, "No such file"])
+    other = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(ALPHABET))}, []))
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.decoder = tokenizers.decoders.ByteLevel()
+    other.save(str(tmp_path / "tokenizer.json"))
+    fails(1, "inspect", shards, "--model", tmp_path / "tokenizer.json",
+          mentions=["tokenizer.json", "vocabulary 256", "vocabulary 49152", manifest(shards)["job"]["tokenizer"]["sha256"]])
+    fails(1, "inspect", tmp_path, mentions=["manifest.json", "sparsek tokenize"])
+    fails(2, "inspect", mentions=["--model", "neither"])
+    fails(2, "inspect", "--model", "smollm2", "--verify", mentions=["shards"])
+    fails(2, "inspect", shards, "--document", 0, mentions=["--document", "--model"])
+    fails(2, "inspect", shards, "--model", "smollm2", "--document", 10**6, mentions=["--document", "4462"])
+
+
 def test_examples_of_the_help_run(tmp_path):
     for name in ("docs", "README.md", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = re.findall(r"^ +sparsek (tokenize .*)$", run("tokenize", "--help").stdout.decode(), re.MULTILINE)
-    assert len(commands) >= 2
+    commands = [found for command in ("tokenize", "inspect")
+                for found in re.findall(r"^ +sparsek ([a-z]+ .*)$", run(command, "--help").stdout.decode(), re.MULTILINE)]
+    assert len(commands) >= 5
     for command in commands:
         environment = os.environ | {"VIRTUAL_ENV": str(ROOT / ".venv")}
         result = subprocess.run([str(PROGRAM), *shlex.split(command)], cwd=tmp_path, env=environment, capture_output=True, timeout=60)

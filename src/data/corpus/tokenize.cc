@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/sha256.h"
 #include "data/corpus/job_folder.h"
+#include "data/shards/permutation.h"
 #include "data/shards/writer.h"
 
 namespace sparsek {
@@ -21,13 +22,11 @@ constexpr int64_t kMaxShardDocuments = int64_t{1} << 20;  // their begins are he
 
 struct Stopped {};  // thrown by workers when another one failed or the caller said no
 
-// FNV-1a of a document's first piece, its bits mixed (splitmix64's finish).
+// FNV-1a of a document's first piece, its bits mixed.
 uint64_t document_key(std::string_view text) {
   uint64_t hash = 0xcbf29ce484222325u;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
-  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
-  return hash ^ (hash >> 31);
+  return mix_bits(hash);
 }
 
 nlohmann::ordered_json describe_job(const Tokenizer& tokenizer, const TokenizeOptions& options,
