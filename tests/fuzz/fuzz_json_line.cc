@@ -26,6 +26,8 @@ std::optional<std::string> text_of(std::string_view line, size_t piece) {
 void check(std::string_view line, size_t piece) {
   const std::optional<std::string> whole = text_of(line, line.size() + 1);
   if (text_of(line, piece) != whole) std::abort();
+  // The other parser takes a zero byte for the end of the text, and passes over a byte order mark.
+  if (line.find('\0') != line.npos || line.starts_with('\xef')) return;
   int fields = 0, deepest = 0;
   const nlohmann::json value = nlohmann::json::parse(
       line,

@@ -159,7 +159,7 @@ def test_killed_at_any_moment_the_shards_are_the_same(corpus, shards, tmp_path):
 
 
 def test_goes_on_inside_a_document(corpus, shards, tmp_path):
-    """Whatever was finished: the parts after it are removed one by one, so every part begins a run once."""
+    """Killed when two of the three shards of one document are there."""
     for threads in (1, 2):
         out = tmp_path / f"{threads}"
         process = start(out, corpus[0] / "b" / "deep")
@@ -426,13 +426,19 @@ def test_inspect_refuses_what_is_damaged_or_of_another_model(shards, tmp_path):
     fails(2, "inspect", shards, "--model", "smollm2", "--document", 10**6, mentions=["--document", "4462"])
 
 
-def test_examples_of_the_help_run(tmp_path):
+def test_examples_of_help_and_docs_run(tmp_path):
     for name in ("docs", "README.md", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     commands = [found for command in ("tokenize", "inspect")
                 for found in re.findall(r"^ +sparsek ([a-z]+ .*)$", run(command, "--help").stdout.decode(), re.MULTILINE)]
     assert len(commands) >= 5
-    for command in commands:
+    documented = re.findall(r"^    sparsek (.*)$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
+    assert len(documented) >= 2
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text(TEXT)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": TEXT}).encode()))
+    for command in [*commands, *(command.replace("shards", "documented") for command in documented)]:
         environment = os.environ | {"VIRTUAL_ENV": str(ROOT / ".venv")}
         result = subprocess.run([str(PROGRAM), *shlex.split(command)], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
         assert result.returncode == 0, result.stderr.decode()

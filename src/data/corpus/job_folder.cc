@@ -145,6 +145,7 @@ void JobFolder::check_job(const ordered_json& found) const {
         "or remove that folder",
         path_, name, in_quotes(theirs.dump()), in_quotes(mine.dump()));
   };
+  if (!found.is_object()) throw_data("{}: expected what an earlier run was of, found a damaged record", path_);
   for (const auto& [key, value] : job_.items()) {
     const ordered_json theirs = found.value(key, ordered_json());
     if (!value.is_object() || !theirs.is_object()) {
@@ -280,17 +281,22 @@ TokenizeTotals JobFolder::finish(const std::vector<InputFile>& files, int64_t nu
 }
 
 TokenizeTotals JobFolder::complete_totals() const {
-  const ordered_json manifest = read_ordered(path_ + "/" + kManifestName);
-  TokenizeTotals totals;
-  totals.tokens = manifest.at("tokens");
-  totals.documents = manifest.at("documents");
-  totals.empty_documents = manifest.at("empty_documents");
-  totals.skipped_lines = manifest.at("skipped_lines");
-  totals.text_bytes = manifest.at("text_bytes");
-  totals.shards = static_cast<int64_t>(manifest.at("shards").size());
-  totals.input_files = manifest.at("job").at("inputs").at("files");
-  totals.input_bytes = manifest.at("job").at("inputs").at("bytes");
-  return totals;
+  const std::string path = path_ + "/" + kManifestName;
+  const json manifest = read_json_object(path);
+  try {
+    TokenizeTotals totals;
+    totals.tokens = manifest.at("tokens");
+    totals.documents = manifest.at("documents");
+    totals.empty_documents = manifest.at("empty_documents");
+    totals.skipped_lines = manifest.at("skipped_lines");
+    totals.text_bytes = manifest.at("text_bytes");
+    totals.shards = static_cast<int64_t>(manifest.at("shards").size());
+    totals.input_files = manifest.at("job").at("inputs").at("files");
+    totals.input_bytes = manifest.at("job").at("inputs").at("bytes");
+    return totals;
+  } catch (const json::exception&) {  // a field that is missing, or of another type
+    throw_data("{}: expected the manifest of token shards, found a damaged one", path);
+  }
 }
 
 }  // namespace sparsek

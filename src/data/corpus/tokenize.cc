@@ -84,17 +84,19 @@ class Run {
 
   TokenizeResult run(const std::function<bool(const TokenizeProgress&)>& go_on) {
     const auto count = std::min<size_t>(static_cast<size_t>(options_.threads), work_.size());
-    std::vector<std::thread> threads;
     running_ = static_cast<int>(count);
     bool is_stopped = false;
-    try {
-      for (size_t i = 0; i < count; ++i) threads.emplace_back([this] { work_on(); });
-    } catch (...) {  // no more threads to be had
-      stop_ = true;
-      for (std::thread& thread : threads) thread.join();
-      throw;
-    }
     {
+      struct Threads {  // however this ends, they end first
+        std::atomic<bool>& stop;
+        std::vector<std::thread> all;
+        int exceptions = std::uncaught_exceptions();
+        ~Threads() {
+          if (std::uncaught_exceptions() > exceptions) stop = true;
+          for (std::thread& thread : all) thread.join();
+        }
+      } threads{stop_, {}};
+      for (size_t i = 0; i < count; ++i) threads.all.emplace_back([this] { work_on(); });
       std::unique_lock lock(mutex_);
       while (running_ > 0) {
         changed_.wait_for(lock, std::chrono::milliseconds(100));
@@ -103,7 +105,6 @@ class Run {
         lock.lock();
       }
     }
-    for (std::thread& thread : threads) thread.join();
     if (error_) std::rethrow_exception(error_);
     TokenizeResult result{.resumed_shards = resumed_shards_, .run_tokens = tokens_, .run_text_bytes = text_bytes_};
     if (is_stopped && stop_seen_) return result;
