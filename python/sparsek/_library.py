@@ -20,12 +20,14 @@ CUDA_OPERATIONS = (
     "sparsek_backward",
     "select",
     "_select_rows",
+    "_select_chunk",
     "_visibility",
     "_chunk_visibility",
     "_window_rows",
     "_attention_rows",
     "attention_backward",
     "_window_mass_rows",
+    "decode_step",
 )
 
 _cuda_kernels_absent = None  # a torch.library.Library while calls on a GPU are answered with what is missing
