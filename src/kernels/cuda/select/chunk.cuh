@@ -82,6 +82,21 @@ struct Chunk : ChunkWalk {
     }
   }
 
+  // No query of the chunk has a tau: every candidate is selected, at weight 1.
+  __device__ bool selects_all() const { return opening.begin == closing.begin && end.count <= p.topk; }
+  __device__ void select_all() {
+#pragma unroll 1
+    for (int i = t; i < length; i += kChunkThreads) s.tau[i] = -INFINITY;
+    __syncthreads();
+    write_tau();
+    if (opening.end == first + length) {
+#pragma unroll 1
+      for (int j = opening.begin + p.sinks + t; j < opening.end - p.window; j += kChunkThreads)
+        p.set_expiry(lane, j, opening.end);
+    }
+    __syncthreads();
+  }
+
   __device__ void finish(const Entries& e) {
     merge(e);
     search_boundaries(e);
@@ -95,6 +110,7 @@ struct Chunk : ChunkWalk {
   }
   __device__ void run() {
     describe();
+    if (selects_all()) return select_all();
     keep_arrivals();
     choose_ranges();
     extern __shared__ __align__(16) uint8_t chunk_memory[];

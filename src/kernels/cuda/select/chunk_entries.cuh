@@ -115,7 +115,7 @@ struct ChunkEntries {
     length = min(p.chunk, p.seqlen - first);
     opening = document_of(p, first);
     closing = document_of(p, first + length - 1);
-    start = PoolThreshold{0, 0, 0, 0, INT32_MAX, -INFINITY};
+    start = PoolThreshold{0, ~uint64_t{0}, 0, 0, 0, INT32_MAX, -INFINITY};
     if (opening.begin < first) start = p.thresholds[p.slot(lane, c - 1)];
     end = p.thresholds[p.slot(lane, c)];
     if (opening.begin < first) pool = p.pools[final_buffer(c - 1)] + p.slot(lane, c - 1) * p.pool_size;

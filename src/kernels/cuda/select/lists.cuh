@@ -7,9 +7,10 @@ namespace sparsek::cuda::selection {
 
 // One CTA per (list, lane). Candidates: the pool's first topk keys behind the query before the list's first, that
 // query's document's sinks, and the keys that leave the window at the list's queries.
-constexpr int kListThreads = 512;
-__global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constant__ Problem p) {
+constexpr int kListThreads = 1024;
+__global__ void __launch_bounds__(kListThreads, 2048 / kListThreads) list_kernel(const __grid_constant__ Problem p) {
   constexpr int kWarps = kListThreads / 32;
+  static_assert(kWarps == 32);
   __shared__ int class_count[3][kWarps];
   const int list = blockIdx.x, lane = blockIdx.y, t = threadIdx.x, warp = t / 32, warp_lane = t & 31;
   wait_for_previous_kernel();
@@ -17,30 +18,29 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
   const int chunk = list * p.chunks_per_list, first = chunk * p.chunk,
             length = min(p.chunk * p.chunks_per_list, p.seqlen - first), query_end = first + length;
   const Document opening = document_of(p, first);
-  const int buffer = final_buffer(chunk - 1);
-  const int64_t before = p.slot(lane, chunk - 1);
   const bool has_pool = opening.begin < first;
-  const int selected = has_pool ? min(p.topk, p.states[buffer][before].count) : 0;
-  const uint64_t* pool = p.pools[buffer] + (has_pool ? before * p.pool_size : 0);
-  const float tau_first = p.tau[p.out(lane, first)], tau_last = p.tau[p.out(lane, query_end - 1)];
+  const int64_t before = p.slot(lane, chunk - (has_pool ? 1 : 0));
+  const uint64_t* pool = p.pools[final_buffer(chunk - (has_pool ? 1 : 0))] + before * p.pool_size;
+  const int pool_places = has_pool ? min(p.topk, p.pool_size) : 0;
+  const int selected = p.thresholds[before].count;  // with pool_places
   // A key is still selected behind the list's last query if it ranks no later than the last one selected there.
-  const int last_chunk = (query_end - 1) / p.chunk, last_buffer = final_buffer(last_chunk);
-  const int64_t last = p.slot(lane, last_chunk);
-  const bool continues = opening.end >= query_end && p.states[last_buffer][last].count >= p.topk;
-  const uint64_t last_selected = continues ? p.pools[last_buffer][last * p.pool_size + p.topk - 1] : 0;
-  const int total = selected + p.sinks + length, each = (total + kListThreads - 1) / kListThreads * 32,
+  const uint64_t last_selected =
+      opening.end < query_end ? 0 : p.thresholds[p.slot(lane, (query_end - 1) / p.chunk)].last_selected;
+  const float tau_first = p.tau[p.out(lane, first)], tau_last = p.tau[p.out(lane, query_end - 1)];
+  const int total = pool_places + p.sinks + length, each = (total + kListThreads - 1) / kListThreads * 32,
             from = min(warp * each, total), to = min(from + each, total);
   // The class of candidate n (kernels/cuda/live_rows.h); -1: no query of the list sees it.
   const auto candidate = [&](int n, LiveRow& row) {
-    if (n < selected) {
-      const uint64_t key = pool[n];
+    if (n < pool_places) {
+      const uint64_t key = pool[n];  // may be nothing
+      if (n >= selected) return -1;
       row.row = static_cast<int>(key & 0xffffffffu), row.u = pool_score(key);
       row.end = key <= last_selected ? query_end : p.expiry_of(lane, row.row);
-    } else if (n < selected + p.sinks) {
-      row.row = opening.begin + n - selected, row.u = INFINITY, row.end = opening.end;
+    } else if (n < pool_places + p.sinks) {
+      row.row = opening.begin + n - pool_places, row.u = INFINITY, row.end = opening.end;
       if (row.row + p.window >= first || row.row >= opening.end) return -1;
     } else {
-      const int query = first + n - selected - p.sinks;
+      const int query = first + n - pool_places - p.sinks;
       const Document document = p.cu_seqlens ? document_of(p, query) : opening;
       row.row = query - p.window;
       if (row.row < document.begin) return -1;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
     return row.u - tau_first < 1.0f && row.u - tau_last > 0.0f ? 1 : 2;
   };
   // Most lists keep what they found; longer ones find it twice.
-  constexpr int kKept = 4;
+  constexpr int kKept = 2;
   LiveRow row[kKept];
   int kind[kKept], seen[3] = {0, 0, 0};
   const auto count = [&](int found) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const __grid_constan
   const int64_t slot = static_cast<int64_t>(lane) * p.num_lists + list;
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
-    const int own = warp_lane < kWarps ? class_count[k][warp_lane] : 0;
+    const int own = class_count[k][warp_lane];
     at[k] = sum + __reduce_add_sync(0xffffffffu, warp_lane < warp ? own : 0);
     sum += __reduce_add_sync(0xffffffffu, own);
     if (k < 2 && t == 0) p.live.classes[slot * 2 + k] = sum;

@@ -13,7 +13,8 @@ constexpr int kSortResident = 1280;  // threads of a multiprocessor; more would 
 constexpr int kSortResident = 2048;
 #endif
 template <int kSortSize>
-__global__ void __launch_bounds__(kSortSize / kSortEach, kSortResident * kSortEach / kSortSize) sort_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kSortSize / kSortEach, kSortResident* kSortEach / kSortSize)
+    sort_kernel(const __grid_constant__ Problem p) {
   constexpr int kSortThreads = kSortSize / kSortEach;
   __shared__ uint64_t exchange[2][kSortSize];
   __shared__ int bad_from;
@@ -108,8 +109,8 @@ __global__ void __launch_bounds__(kSortSize / kSortEach, kSortResident * kSortEa
 }
 
 // The pools behind all chunks of an aligned block of 2^kRankLevels chunks, as far as that block makes them. One CTA per
-// (chunk, lane) takes its own arrivals to their ranks in every pool they reach: it counts those that rank before them in
-// the chunks before its own, latest first, then chunk by chunk in those behind it, until all its keys are out of the
+// (chunk, lane) takes its own arrivals to their ranks in every pool they reach: it counts those that rank before them
+// in the chunks before its own, latest first, then chunk by chunk in those behind it, until all its keys are out of the
 // pool (with random scores soon). Ties rank by chunk.
 constexpr int kRankThreads = 256;
 template <int kSortSize>
@@ -121,7 +122,6 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const __grid_constan
   wait_for_previous_kernel();
   let_next_kernel_start();
   const ArrivalState own = p.arrivals[p.slot(lane, c)];
-  static_assert(1 << kRankLevels <= 32);
   if (t < 32) {
     const int block = c >> kRankLevels << kRankLevels, in_block = c - block, chunk = block + t;
     const bool there = t < 1 << kRankLevels && chunk < p.num_chunks;
@@ -296,18 +296,18 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __gr
   const PoolState state = p.states[final_buffer(c)][slot];
   const int count = state.count;
   if (count <= p.topk) {
-    if (t == 0) p.thresholds[slot] = {0, count, count, count, state.bad_from, -INFINITY};
+    if (t == 0) p.thresholds[slot] = {0, ~uint64_t{0}, count, count, count, state.bad_from, -INFINITY};
     return;
   }
   const uint64_t* keys = p.pools[final_buffer(c)] + slot * p.pool_size;
+#pragma unroll 4
+  for (int n = t; n < min(count, kHeads); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
+  __syncthreads();
   // Sums are of u - reference, cut off: fractional keys are within 1 of it, and others must not cost their digits.
   const double reference = pool_score(keys[p.topk - 1]);
   int shift = 0;  // one prefix sum every 2^shift keys
   while (count > kPrefixes << shift) ++shift;
   const int stride = 1 << shift, groups = (count + stride - 1) >> shift;
-  #pragma unroll 4
-  for (int n = t; n < min(count, kHeads); n += kThresholdThreads) head_gapped[n + n / 8] = pool_score(keys[n]);
-  __syncthreads();
   const auto u = [&](int n) { return n < kHeads ? head_gapped[n + n / 8] : pool_score(keys[n]); };
   const auto prefix = [&](int g) -> double& { return prefix_gapped[g + g / 8]; };
   const float least = pool_score(keys[p.topk - 1]) - 2, most = least + 4;
@@ -373,8 +373,13 @@ __global__ void __launch_bounds__(kThresholdThreads) threshold_kernel(const __gr
     const int fractional = num_support - num_ones;
     const double tau = fractional > 0 ? reference + (sum + (num_ones - p.topk)) / fractional : u(num_ones - 1) - 1.0;
     const float rounded = static_cast<float>(tau);
-    p.thresholds[slot] = {
-        sum - fractional * (rounded - reference), count, num_ones, num_support, state.bad_from, rounded};
+    p.thresholds[slot] = {sum - fractional * (rounded - reference),
+                          keys[p.topk - 1],
+                          count,
+                          num_ones,
+                          num_support,
+                          state.bad_from,
+                          rounded};
   }
 }
 

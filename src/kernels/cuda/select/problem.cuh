@@ -3,7 +3,8 @@
 // A lane is one KV head of one batch row. Its queries are cut into chunks; the key at position i - window becomes a
 // candidate ("arrives") at query i. Steps (docs/math.md section 7):
 //   1. pools.cuh sort_kernel: each chunk's arrivals by rank.
-//   2. pools.cuh rank_kernel, merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk ends
+//   2. pools.cuh rank_kernel, merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk
+//   ends
 //      are a scan; threshold_kernel: tau there.
 //   3. chunk.cuh: inside a chunk everything moves one way from its start to its end (facts a and c).
 //   4. lists.cuh: the lists of far rows, each for one or more chunks.
@@ -35,7 +36,8 @@ struct PoolState {
 // eq. 2 on a pool: by rank, num_ones keys have p = 1 and those up to num_support a fraction. Unless count > topk: tau
 // -inf, every key a one.
 struct PoolThreshold {
-  double fraction_sum;  // sum of u - tau over the fractional keys
+  double fraction_sum;     // sum of u - tau over the fractional keys
+  uint64_t last_selected;  // keys up to it are selected
   int32_t count, num_ones, num_support, bad_from;
   float tau;
 };
@@ -84,7 +86,7 @@ struct Problem {
 
 // rank_kernel scans aligned blocks of 2^kRankLevels chunks, merge_kernel what is longer. Which of the two buffers holds
 // chunk c's pool once levels below `level` are done: each merge changes it.
-constexpr int kRankLevels = 4;
+constexpr int kRankLevels = 3;
 __device__ __forceinline__ int pool_buffer(int c, int level) {
   return __popc((c & ((1u << level) - 1)) >> kRankLevels) & 1;
 }
