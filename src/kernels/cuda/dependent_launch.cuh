@@ -2,9 +2,9 @@
 // are plain launches).
 //
 // A kernel launched by launch_behind calls wait_for_previous_kernel() before it reads what earlier kernels wrote or
-// writes what they read: it returns when the kernel before it has ended. That one waited likewise, so everything earlier
-// has ended too; hence every kernel launched this way must wait. let_next_kernel_start() allows the next one's CTAs onto
-// multiprocessors that this one leaves free.
+// writes what they read: it returns when the kernel before it has ended. That one waited likewise, so everything
+// earlier has ended too; hence every kernel launched this way must wait. let_next_kernel_start() allows the next one's
+// CTAs onto multiprocessors that this one leaves free.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -30,8 +30,9 @@ void launch_behind(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   if (shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-               "cudaFuncSetAttribute");
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "cudaFuncSetAttribute");
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -12,10 +12,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Of the warp; read anew at each call, where a register to keep it in would be one too many.
+// Of the warp and of the CTA; read anew at each call, where a register to keep it in would be one too many.
 __device__ __forceinline__ int lane() {
   int x;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ int thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 

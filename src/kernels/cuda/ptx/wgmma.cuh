@@ -75,15 +75,15 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_
     SPARSEK_WGMMA_SS_N64("bf16");
 }
 
-#define SPARSEK_WGMMA_RS_N128(type)                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " SPARSEK_ACC64_LIST          \
-               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                                 \
-               : SPARSEK_ACC64(d)                                                                           \
+#define SPARSEK_WGMMA_RS_N128(type)                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " SPARSEK_ACC64_LIST \
+               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                        \
+               : SPARSEK_ACC64(d)                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define SPARSEK_WGMMA_RS_N64(type)                                                                          \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " SPARSEK_ACC32_LIST           \
-               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                                 \
-               : SPARSEK_ACC32(d)                                                                           \
+#define SPARSEK_WGMMA_RS_N64(type)                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " SPARSEK_ACC32_LIST \
+               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                       \
+               : SPARSEK_ACC32(d)                                                                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 // D[64, kN] += A[64, 16] B[16, kN], A in registers, B in shared memory with N contiguous.
 template <class Element, int kN>

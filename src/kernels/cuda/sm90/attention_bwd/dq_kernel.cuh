@@ -43,22 +43,24 @@ struct DqConsumer {
     __syncwarp();
     if ((thread & 31) == 0) ptx::barrier_arrive(barrier);
   }
-  __device__ void issue_product(float (&d)[64], const uint8_t* rows, const uint8_t* keys) {
+  template <int kCount>  // of keys / 2
+  __device__ void issue_product(float (&d)[kCount], const uint8_t* rows, const uint8_t* keys) {
     const ptx::Operand a(ptx::shared_address(rows) + warpgroup * 64 * 128, 16, 1024),
         b(ptx::shared_address(keys), 16, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const uint32_t offset = (step >> 2) * (kTile * 128) + (step & 3) * 32;
-      ptx::wgmma_ss<Element, kBlock>(d, a.at(offset), b.at(offset), step != 0);
+      ptx::wgmma_ss<Element, 2 * kCount>(d, a.at(offset), b.at(offset), step != 0);
     }
     ptx::wgmma_commit();
   }
-  __device__ void issue_dq(const uint32_t (&ds)[32], const uint8_t* keys) {
+  template <int kCount>  // of keys / 4
+  __device__ void issue_dq(const uint32_t (&ds)[kCount], const uint8_t* keys) {
     const ptx::Operand b(ptx::shared_address(keys), kTile * 128, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kBlock / 16; ++step) {
+    for (int step = 0; step < kCount / 4; ++step) {
       const uint32_t a[4] = {ds[step * 4], ds[step * 4 + 1], ds[step * 4 + 2], ds[step * 4 + 3]};
       ptx::wgmma_rs<Element, kHeadDim>(dq, a, b.at(step * 16 * 128));
     }
@@ -67,7 +69,8 @@ struct DqConsumer {
 
   // dq to memory, then zero.
   __device__ void store(const Tile& t, Bits16* gradient) {
-    const int tile_row = warpgroup * 64 + (thread >> 5) * 16 + ((thread & 31) >> 2), column0 = (thread & 3) * 2;
+    const int lane = ptx::lane(), tile_row = warpgroup * 64 + (ptx::thread() >> 5 & 3) * 16 + (lane >> 2),
+              column0 = (lane & 3) * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (position[r] >= 0) {
@@ -107,14 +110,63 @@ struct DqConsumer {
     const bool full_tile = p.positions_per_tile * p.group == kTile && t.first + p.positions_per_tile <= p.seqlen_q;
     const int buffer = done & 1;
     int num_plain = 0, num_full = 0, blocks = band_blocks;
+    bool tail = false;
     const auto learn_union = [&] {
       ptx::barrier_wait(&s.union_full[buffer], (done >> 1) & 1);
       num_plain = s.num_plain[buffer];
       num_full = s.num_full[buffer];
-      blocks = band_blocks + (s.num_far[buffer] + kBlock - 1) / kBlock;
+      blocks = band_blocks + whole_blocks(s.num_far[buffer]);
+      tail = has_tail(s.num_far[buffer]);
     };
     if (!kFar && band_blocks == 1) learn_union();
     ptx::barrier_wait(&s.q_full, done & 1);
+    const auto exponentials = [&](auto& block) {
+#pragma unroll
+      for (int e = 0; e < static_cast<int>(sizeof(block) / sizeof(float)); ++e)
+        block[e] = ptx::exp2_approx(block[e] * p.scale_log2 - lse2[(e >> 1) & 1]);
+    };
+    const auto mask_union = [&](auto& block, int first) {
+      if (first + kBlock <= num_full && full_tile) return;
+      const int query[2] = {position[0] - t.first, position[1] - t.first};
+#pragma unroll
+      for (int e = 0; e < static_cast<int>(sizeof(block) / sizeof(float)); e += 4) {
+        const uint32_t both = *reinterpret_cast<const uint32_t*>(&s.interval[buffer][first + (e >> 2) * 8 + column0]);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const uint32_t begin = (both >> (16 * c)) & 255, length = (both >> (16 * c + 8)) & 255;
+          if (query[0] - begin >= length) block[e + c] = 0;
+          if (query[1] - begin >= length) block[e + 2 + c] = 0;
+        }
+      }
+    };
+    // dS of rows at weights below 1, with eq. 10's sums.
+    const auto weighted = [&](uint32_t* ds, const auto& block, const auto& products, int first) {
+#pragma unroll
+      for (int e = 0; e < static_cast<int>(sizeof(block) / sizeof(float)); e += 4) {
+        const float2 u = *reinterpret_cast<const float2*>(&s.u[buffer][first + (e >> 2) * 8 + column0]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float value[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float probability = block[e + 2 * r + c], weight = (c == 0 ? u.x : u.y) - tau[r];
+            float gated = products[e + 2 * r + c];
+            h[r] += weight > 0 && weight < 1 ? probability * gated : 0.0f;
+            if (kSoft) gated *= __saturatef(weight);
+            value[c] = probability * (gated - delta[r]);
+          }
+          ds[e / 2 + r] = ptx::pack<Element>(value[0], value[1]);
+        }
+      }
+    };
+    const auto unweighted = [&](uint32_t* ds, const auto& block, const auto& products) {
+#pragma unroll
+      for (int e = 0; e < static_cast<int>(sizeof(block) / sizeof(float)); e += 2) {
+        const int r = (e >> 1) & 1;
+        ds[e >> 1] =
+            ptx::pack<Element>(block[e] * (products[e] - delta[r]), block[e + 1] * (products[e + 1] - delta[r]));
+      }
+    };
     float x[64], y[64];  // S then P, dP
                          // One pass over all blocks; with far rotary one over the window's and one over the union's.
 #pragma unroll 1
@@ -132,8 +184,7 @@ struct DqConsumer {
 #pragma unroll 1
         for (;; ++n) {
           const int first = n < band_blocks ? t.band_begin + n * kBlock : (n - band_blocks) * kBlock;
-#pragma unroll
-          for (int e = 0; e < 64; ++e) x[e] = ptx::exp2_approx(x[e] * p.scale_log2 - lse2[(e >> 1) & 1]);
+          exponentials(x);
           if (n < band_blocks) {
             if (!full_tile || first < inner_low || first + kBlock - 1 > inner_high) {
 #pragma unroll
@@ -142,61 +193,61 @@ struct DqConsumer {
                 if (row < window_low[r] || row > window_high[r]) x[e] = 0;
               }
             }
-          } else if (first + kBlock > num_full || !full_tile) {
-            const int query[2] = {position[0] - t.first, position[1] - t.first};
-#pragma unroll
-            for (int e = 0; e < 64; e += 4) {
-              const uint32_t both =
-                  *reinterpret_cast<const uint32_t*>(&s.interval[buffer][first + (e >> 2) * 8 + column0]);
-#pragma unroll
-              for (int c = 0; c < 2; ++c) {
-                const uint32_t begin = (both >> (16 * c)) & 255, length = (both >> (16 * c + 8)) & 255;
-                if (query[0] - begin >= length) x[e + c] = 0;
-                if (query[1] - begin >= length) x[e + 2 + c] = 0;
-              }
-            }
+          } else {
+            mask_union(x, first);
           }
           ptx::wgmma_wait<0>();
           release(&s.v_empty[v_at.stage]);
           v_at.next();
           uint32_t ds[32];
-          if (n >= band_blocks && first + kBlock > num_plain) {
-#pragma unroll
-            for (int e = 0; e < 64; e += 4) {
-              const float2 u = *reinterpret_cast<const float2*>(&s.u[buffer][first + (e >> 2) * 8 + column0]);
-#pragma unroll
-              for (int r = 0; r < 2; ++r) {
-                float value[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                  const float probability = x[e + 2 * r + c], weight = (c == 0 ? u.x : u.y) - tau[r];
-                  float gated = y[e + 2 * r + c];
-                  h[r] += weight > 0 && weight < 1 ? probability * gated : 0.0f;
-                  if (kSoft) gated *= __saturatef(weight);
-                  value[c] = probability * (gated - delta[r]);
-                }
-                ds[e / 2 + r] = ptx::pack<Element>(value[0], value[1]);
-              }
-            }
-          } else {
-#pragma unroll
-            for (int e = 0; e < 64; e += 2) {
-              const int r = (e >> 1) & 1;
-              ds[e >> 1] = ptx::pack<Element>(x[e] * (y[e] - delta[r]), x[e + 1] * (y[e + 1] - delta[r]));
-            }
-          }
+          if (n >= band_blocks && first + kBlock > num_plain)
+            weighted(ds, x, y, first);
+          else
+            unweighted(ds, x, y);
           if (!kFar && n == band_blocks - 1 && n > 0) learn_union();
           const uint8_t* keys = s.k[k_at.stage];
           uint64_t* k_empty = &s.k_empty[k_at.stage];
           k_at.next();
           if (n + 1 == blocks) {
+            if (!tail) {
+              if (!kFar) {
+                release(&s.q_empty);
+                release(&s.union_empty[buffer]);
+              }
+              issue_dq(ds, keys);
+              ptx::wgmma_wait<0>();
+              release(k_empty);
+              break;
+            }
+            const int last = (blocks - band_blocks) * kBlock;
+            float tail_x[kTail / 2], tail_y[kTail / 2];
+            ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
+            ptx::fence_proxy_async();
+            issue_product(tail_x, queries, s.k[k_at.stage]);
+            issue_dq(ds, keys);
+            ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
+            ptx::fence_proxy_async();
+            ptx::wgmma_wait<0>();
+            release(k_empty);
+            issue_product(tail_y, s.q[1], s.v[v_at.stage]);
+            exponentials(tail_x);
+            mask_union(tail_x, last);
+            ptx::wgmma_wait<0>();
+            release(&s.v_empty[v_at.stage]);
+            v_at.next();
+            uint32_t tail_ds[kTail / 4];
+            if (last + kBlock > num_plain)
+              weighted(tail_ds, tail_x, tail_y, last);
+            else
+              unweighted(tail_ds, tail_x, tail_y);
             if (!kFar) {
               release(&s.q_empty);
               release(&s.union_empty[buffer]);
             }
-            issue_dq(ds, keys);
+            issue_dq(tail_ds, s.k[k_at.stage]);
             ptx::wgmma_wait<0>();
-            release(k_empty);
+            release(&s.k_empty[k_at.stage]);
+            k_at.next();
             break;
           }
           ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
@@ -248,9 +299,9 @@ __global__ void __launch_bounds__(384, 1) attention_bwd_dq_kernel(const __grid_c
   if (warpgroup == 0) {
     ptx::registers_decrease<kDqProducerRegisters>();
     // Warps 2 and 3 build the next tile's union while warps 0 and 1 load the band; all gather.
-    Loader<SharedType, kFar> loader{p, s, {&p.q_map, &dp.do_map}, static_cast<int>(threadIdx.x)};
+    Loader<SharedType, kFar> loader{p, s, {&p.q_map, &dp.do_map}};
     if (kFar) loader.q_maps[SharedType::kNumQueries - 1] = &p.q_far_map;
-    Builder<true, SharedType> builder{p, s, static_cast<int>(threadIdx.x / 32) - 2, static_cast<int>(threadIdx.x % 32)};
+    Builder<true, SharedType> builder{p, s};
     const bool builds = threadIdx.x >= 64;
     for (int done = -1, index = 0;; ++done) {
       const int next = tile_of_round(done + 1);

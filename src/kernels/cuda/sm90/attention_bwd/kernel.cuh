@@ -6,7 +6,8 @@
 // reduced once a chunk, not once a query tile.
 //
 // Warpgroup 0: warps 0 and 1 load the steps (Q with row data, dO) by TMA, warps 2 and 3 the items' K and V (TMA, or
-// cp.async gathers). Warpgroups 1-2: 64 keys each. S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q from registers.
+// cp.async gathers). Warpgroups 1-2: 64 keys each. S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q from
+// registers.
 #pragma once
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/sm90/attention_fwd/tiles.cuh"
@@ -32,19 +33,19 @@ struct __align__(32) Item {
 };
 
 struct BwdParams {
-  CUtensorMap q_map, do_map, q_far_map;  // [batch, positions, heads, head_dim], boxes of positions_per_step x group x 64;
-                                         // q_far_map: q_map without far rotary
-  CUtensorMap k_map, v_map;              // boxes of 128 rows x 64
+  CUtensorMap q_map, do_map, q_far_map;  // [batch, positions, heads, head_dim], boxes of positions_per_step x group x
+                                         // 64; q_far_map: q_map without far rotary
+  CUtensorMap k_map, v_map;  // boxes of 128 rows x 64
   const Bits16 *k_far, *v;
   const RowData* rows;            // [batch * num_kv_heads, steps]
   const Item* items;              // the far ones, then one per 128 key rows and head
   int32_t *next_item, *far_done;  // zeroed; far_done: CTAs that finished their far items
   const int32_t *far_begin, *far_end;
   const LiveRow* live;
-  float *dk_scratch, *dv_scratch;  // float32 sums of the far items [head, row, head_dim] permuted; zeroed where a row is
-                                   // ever selected
-  Bits16 *dk, *dk_far, *dv;        // dk_far: null without far rotary
-  float* h_key;                    // [head, seqlen_k], zeroed; null: no score gradient
+  float *dk_scratch, *dv_scratch;  // float32 sums of the far items [head, row, head_dim] permuted; zeroed where a row
+                                   // is ever selected
+  Bits16 *dk, *dk_far, *dv;                                   // dk_far: null without far rotary
+  float* h_key;                                               // [head, seqlen_k], zeroed; null: no score gradient
   int64_t kf_batch, kf_seq, kf_head, v_batch, v_seq, v_head;  // of inputs
   int64_t dk_batch, dk_seq, dk_head;                          // of dk, dk_far and dv
   int32_t num_items, seqlen_q, seqlen_k, num_carried, num_kv_heads, group, group_inverse, positions_per_step,
@@ -102,8 +103,8 @@ __device__ void bwd_load_steps(const BwdParams& p, BwdShared<ShapeType>& s) {
   }
 }
 
-// A warp each: items, their lists and K, and their V. The next item's K has its own buffer, V waits for the last product
-// with the one before.
+// A warp each: items, their lists and K, and their V. The next item's K has its own buffer, V waits for the last
+// product with the one before.
 template <class ShapeType, bool kValues>
 __device__ void bwd_load_keys(const BwdParams& p, BwdShared<ShapeType>& s) {
   constexpr int kPieces = ShapeType::kPieces;

@@ -22,8 +22,9 @@ void launch_dq(const DqParams& p, cudaStream_t stream) {
     launch_behind(kernel, num_tile_ctas(p.fwd), 384, shared_bytes, stream, p);
   };
   if (p.fwd.far)
-    launch(p.fwd.soft ? attention_bwd_dq_kernel<ShapeType, true, true> : attention_bwd_dq_kernel<ShapeType, false, true>,
-           sizeof(DqShared<ShapeType, true>));
+    launch(
+        p.fwd.soft ? attention_bwd_dq_kernel<ShapeType, true, true> : attention_bwd_dq_kernel<ShapeType, false, true>,
+        sizeof(DqShared<ShapeType, true>));
   else
     launch(
         p.fwd.soft ? attention_bwd_dq_kernel<ShapeType, true, false> : attention_bwd_dq_kernel<ShapeType, false, false>,

@@ -10,14 +10,14 @@ struct PrepareParams {
   const int32_t *window_begin, *far_begin, *far_end;
   LiveLists live;
   RowData* rows;
-  float *lse2, *delta;                          // [batch * num_heads, seqlen_q] in powers of two; <do, out> - dlse
-  float *dk_scratch, *dv_scratch;               // zeroed for the rows that are ever selected
-  float *h_key, *h_query;                       // [lanes, seqlen_k], [lanes, seqlen_q] zeroed; null: no score gradient
-  Item* items;                                  // the far blocks of every (chunk, lane), then the band tiles
-  int32_t* counters;                            // two, zeroed
+  float *lse2, *delta;             // [batch * num_heads, seqlen_q] in powers of two; <do, out> - dlse
+  float *dk_scratch, *dv_scratch;  // zeroed for the rows that are ever selected
+  float *h_key, *h_query;          // [lanes, seqlen_k], [lanes, seqlen_q] zeroed; null: no score gradient
+  Item* items;                     // the far blocks of every (chunk, lane), then the band tiles
+  int32_t* counters;               // two, zeroed
   int64_t o_batch, o_seq, o_head, do_batch, do_seq, do_head;
   int32_t lanes, num_heads, num_kv_heads, seqlen_q, seqlen_k, num_carried, positions_per_step, steps, num_chunks, chunk,
-      far_per_chunk, num_items;                 // lanes: batch * num_kv_heads
+      far_per_chunk, num_items;  // lanes: batch * num_kv_heads
   int32_t row_ctas, zero_ctas;
 };
 
@@ -37,7 +37,8 @@ __device__ void prepare_rows(const PrepareParams& p, int index) {
     const bool valid = column < p.positions_per_step * group && i < p.seqlen_q;
     float sum = 0;
     if (valid) {
-      const uint4 o = *reinterpret_cast<const uint4*>(p.out + b * p.o_batch + i * p.o_seq + head * p.o_head + piece * 8),
+      const uint4 o = *reinterpret_cast<const uint4*>(p.out + b * p.o_batch + i * p.o_seq + head * p.o_head +
+                                                      piece * 8),
                   d = *reinterpret_cast<const uint4*>(p.d_out + b * p.do_batch + i * p.do_seq + head * p.do_head +
                                                       piece * 8);
       const auto product = [](uint32_t x, uint32_t y) {

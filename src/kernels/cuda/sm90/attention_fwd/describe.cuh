@@ -8,8 +8,8 @@
 
 namespace sparsek::cuda::sm90 {
 
-// Boxes of `rows` x `heads` x 64 elements of a [batch, seq, heads, head_dim] tensor of 2-byte elements (TMA copies bits);
-// dimensions in the order head_dim, heads, seq, batch, or with `rows_first` head_dim, seq, heads, batch.
+// Boxes of `rows` x `heads` x 64 elements of a [batch, seq, heads, head_dim] tensor of 2-byte elements (TMA copies
+// bits); dimensions in the order head_dim, heads, seq, batch, or with `rows_first` head_dim, seq, heads, batch.
 inline CUtensorMap tensor_map(const void* data, const Strides& strides, int batch, int seqlen, int num_heads,
                               int head_dim, int rows, int heads, bool rows_first) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -25,8 +25,8 @@ inline CUtensorMap tensor_map(const void* data, const Strides& strides, int batc
   const auto size = [](int n) { return static_cast<cuuint64_t>(n); };
   const cuuint64_t seq_bytes = strides.seq * sizeof(Bits16), head_bytes = strides.head * sizeof(Bits16),
                    batch_bytes = strides.batch * sizeof(Bits16);
-  const cuuint64_t dims[4] = {size(head_dim), size(rows_first ? seqlen : num_heads), size(rows_first ? num_heads : seqlen),
-                              size(batch)};
+  const cuuint64_t dims[4] = {size(head_dim), size(rows_first ? seqlen : num_heads),
+                              size(rows_first ? num_heads : seqlen), size(batch)};
   const cuuint64_t steps[3] = {rows_first ? seq_bytes : head_bytes, rows_first ? head_bytes : seq_bytes, batch_bytes};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows_first ? rows : heads),
                              static_cast<cuuint32_t>(rows_first ? heads : rows), 1},
@@ -73,7 +73,8 @@ inline FwdParams describe(const AttentionFwdParams& params, const LiveLists& liv
   p.k_map = tensor_map(p.k, k, p.batch, p.seqlen_k, p.num_kv_heads, params.head_dim, kBlock, 1, true);
   p.v_map = tensor_map(p.v, v, p.batch, p.seqlen_k, p.num_kv_heads, params.head_dim, kBlock, 1, true);
   p.q_map = tensor_map(p.q, q, p.batch, p.seqlen_q, p.num_heads, params.head_dim, p.positions_per_tile, p.group, false);
-  p.q_far_map = tensor_map(p.q_far, qf, p.batch, p.seqlen_q, p.num_heads, params.head_dim, p.positions_per_tile, p.group, false);
+  p.q_far_map =
+      tensor_map(p.q_far, qf, p.batch, p.seqlen_q, p.num_heads, params.head_dim, p.positions_per_tile, p.group, false);
   return p;
 }
 

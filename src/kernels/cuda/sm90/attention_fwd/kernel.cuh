@@ -11,10 +11,9 @@
 namespace sparsek::cuda::sm90 {
 
 template <class ShapeType, bool kFar>
-struct Shared
-    : LoaderShared<ShapeType, kFar ? 2 : 1, kFar ? kMaxUnionOthers : kMaxUnionForward, 2, 2, 128> {};
+struct Shared : LoaderShared<ShapeType, kFar ? 2 : 1, kFar ? kMaxUnionOthers : kMaxUnionForward, 2, 2, 128> {};
 
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 216;
+constexpr int kLoaderRegisters = 48, kBuilderRegisters = 32, kConsumerRegisters = 216;
 
 template <class ShapeType, bool kSoft, bool kFar>
 struct Consumer {
@@ -31,21 +30,23 @@ struct Consumer {
   Ring<SharedType::kStagesK> k_at;
   Ring<SharedType::kStagesV> v_at;
 
-  __device__ void issue_scores(float (&scores)[64], const uint8_t* q, const uint8_t* k) {
+  template <int kCount>  // of keys / 2
+  __device__ void issue_scores(float (&scores)[kCount], const uint8_t* q, const uint8_t* k) {
     const ptx::Operand a(ptx::shared_address(q) + warpgroup * 64 * 128, 16, 1024), b(ptx::shared_address(k), 16, 1024);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const uint32_t offset = (step >> 2) * (kTile * 128) + (step & 3) * 32;
-      ptx::wgmma_ss<Element, kBlock>(scores, a.at(offset), b.at(offset), step != 0);
+      ptx::wgmma_ss<Element, 2 * kCount>(scores, a.at(offset), b.at(offset), step != 0);
     }
     ptx::wgmma_commit();
   }
+  template <int kKeys>
   __device__ void issue_values(const uint32_t (&probabilities)[32], const uint8_t* v) {
     const ptx::Operand b(ptx::shared_address(v), kTile * 128, 1024);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kBlock / 16; ++step) {
+    for (int step = 0; step < kKeys / 16; ++step) {
       const uint32_t a[4] = {probabilities[step * 4], probabilities[step * 4 + 1], probabilities[step * 4 + 2],
                              probabilities[step * 4 + 3]};
       ptx::wgmma_rs<Element, kHeadDim>(acc, a, b.at(step * 16 * 128));
@@ -62,11 +63,12 @@ struct Consumer {
     }
   }
   // Union block whose intervals start at `interval`.
-  __device__ void mask_union(float (&scores)[64], const uint16_t* interval, int tile_first) {
+  template <int kCount>
+  __device__ void mask_union(float (&scores)[kCount], const uint16_t* interval, int tile_first) {
     const int column0 = (thread & 3) * 2;
     const int query[2] = {position[0] - tile_first, position[1] - tile_first};
 #pragma unroll
-    for (int e = 0; e < 64; e += 4) {
+    for (int e = 0; e < kCount; e += 4) {
       const uint32_t both = *reinterpret_cast<const uint32_t*>(&interval[(e >> 2) * 8 + column0]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -78,13 +80,14 @@ struct Consumer {
   }
   // Exponentials of one block and their running sum. The reference maximum moves only when it grew much; true if it did
   // for some row of the warp: then the accumulated output must be multiplied by `factor`.
-  __device__ bool softmax(float (&scores)[64], float (&factor)[2]) {
+  template <int kCount>
+  __device__ bool softmax(float (&scores)[kCount], float (&factor)[2]) {
     float block_max[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float a = fmaxf(scores[2 * r], scores[2 * r + 1]), b = fmaxf(scores[2 * r + 4], scores[2 * r + 5]);
 #pragma unroll
-      for (int e = 8; e < 64; e += 8) {
+      for (int e = 8; e < kCount; e += 8) {
         a = fmaxf(a, fmaxf(scores[e + 2 * r], scores[e + 2 * r + 1]));
         b = fmaxf(b, fmaxf(scores[e + 4 + 2 * r], scores[e + 5 + 2 * r]));
       }
@@ -108,7 +111,7 @@ struct Consumer {
       const float subtract = reference[r] == -INFINITY ? 0.0f : reference[r];
       float sum[2] = {0, 0};
 #pragma unroll
-      for (int e = 0; e < 64; e += 4) {
+      for (int e = 0; e < kCount; e += 4) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = scores[e + 2 * r + c];
@@ -120,10 +123,11 @@ struct Consumer {
     }
     return moved;
   }
-  __device__ void weigh(float (&scores)[64], const float* u_block) {
+  template <int kCount>
+  __device__ void weigh(float (&scores)[kCount], const float* u_block) {
     const int column0 = (thread & 3) * 2;
 #pragma unroll
-    for (int e = 0; e < 64; e += 4) {
+    for (int e = 0; e < kCount; e += 4) {
       const float2 u = *reinterpret_cast<const float2*>(&u_block[(e >> 2) * 8 + column0]);
       scores[e] *= __saturatef(u.x - tau[0]);
       scores[e + 1] *= __saturatef(u.y - tau[0]);
@@ -159,26 +163,30 @@ struct Consumer {
 
     const int buffer = done & 1;
     int num_plain = 0, num_full = 0, blocks = band_blocks;
+    bool tail = false;
     float scores[64];
     uint32_t probabilities[32];
     float factor[2];
-    const auto prepare = [&](int n) {  // mask, softmax, weights of block n, whose products are in `scores`
-      bool moved;
-      if (n < band_blocks) {
-        const int first = t.band_begin + n * kBlock;
-        if (!full_tile || first < inner_low || first + kBlock - 1 > inner_high) mask_window(scores, first);
-        moved = softmax(scores, factor);
-      } else {
-        const int first = (n - band_blocks) * kBlock;
-        if (first + kBlock > num_full || !full_tile) mask_union(scores, &s.interval[buffer][first], t.first);
-        moved = softmax(scores, factor);
-        if (kSoft && first + kBlock > num_plain) weigh(scores, &s.u[buffer][first]);
-      }
+    const auto prepare_union = [&](auto& block, int first) {
+      if (first + kBlock > num_full || !full_tile) mask_union(block, &s.interval[buffer][first], t.first);
+      const bool moved = softmax(block, factor);
+      if (kSoft && first + kBlock > num_plain) weigh(block, &s.u[buffer][first]);
       return moved;
     };
-    const auto to_elements = [&] {
+    const auto prepare = [&](int n) {  // mask, softmax, weights of block n, whose products are in `scores`
+      if (n >= band_blocks) return prepare_union(scores, (n - band_blocks) * kBlock);
+      const int first = t.band_begin + n * kBlock;
+      if (!full_tile || first < inner_low || first + kBlock - 1 > inner_high) mask_window(scores, first);
+      return softmax(scores, factor);
+    };
+    const auto rescale = [&] {
 #pragma unroll
-      for (int e = 0; e < 64; e += 2) probabilities[e >> 1] = ptx::pack<Element>(scores[e], scores[e + 1]);
+      for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[(e >> 1) & 1];
+    };
+    const auto to_elements = [&](const auto& block) {
+#pragma unroll
+      for (int e = 0; e < static_cast<int>(sizeof(block) / sizeof(float)); e += 2)
+        probabilities[e >> 1] = ptx::pack<Element>(block[e], block[e + 1]);
     };
     ptx::barrier_wait(&s.q_full, done & 1);
     ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
@@ -187,12 +195,13 @@ struct Consumer {
     release(&s.k_empty[k_at.stage]);
     k_at.next();
     prepare(0);
-    to_elements();
+    to_elements(scores);
     const auto learn_union = [&] {
       ptx::barrier_wait(&s.union_full[buffer], (done >> 1) & 1);
       num_plain = s.num_plain[buffer];
       num_full = s.num_full[buffer];
-      blocks = band_blocks + (s.num_far[buffer] + kBlock - 1) / kBlock;
+      blocks = band_blocks + whole_blocks(s.num_far[buffer]);
+      tail = has_tail(s.num_far[buffer]);
     };
     if (band_blocks == 1) learn_union();
 #pragma unroll 1
@@ -202,7 +211,7 @@ struct Consumer {
       if (n >= band_blocks) ptx::fence_proxy_async();
       asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
       issue_scores(scores, s.q[kFar && n >= band_blocks], s.k[k_at.stage]);
-      issue_values(probabilities, s.v[v_at.stage]);
+      issue_values<kBlock>(probabilities, s.v[v_at.stage]);
       asm volatile("bar.arrive %0, 256;" ::"r"(3 - warpgroup) : "memory");
       ptx::wgmma_wait<1>();
       release(&s.k_empty[k_at.stage]);
@@ -211,18 +220,37 @@ struct Consumer {
       ptx::wgmma_wait<0>();
       release(&s.v_empty[v_at.stage]);
       v_at.next();
-      if (moved) {
-#pragma unroll
-        for (int e = 0; e < kHeadDim / 2; ++e) acc[e] *= factor[(e >> 1) & 1];
-      }
-      to_elements();
+      if (moved) rescale();
+      to_elements(scores);
       if (n == band_blocks - 1) learn_union();
+    }
+    if (tail) {
+      float last[kTail / 2];
+      ptx::barrier_wait(&s.k_full[k_at.stage], k_at.parity);
+      ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
+      ptx::fence_proxy_async();
+      asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+      issue_scores(last, s.q[kFar], s.k[k_at.stage]);
+      issue_values<kBlock>(probabilities, s.v[v_at.stage]);
+      asm volatile("bar.arrive %0, 256;" ::"r"(3 - warpgroup) : "memory");
+      ptx::wgmma_wait<1>();
+      release(&s.k_empty[k_at.stage]);
+      k_at.next();
+      const bool moved = prepare_union(last, (blocks - band_blocks) * kBlock);
+      ptx::wgmma_wait<0>();
+      release(&s.v_empty[v_at.stage]);
+      v_at.next();
+      if (moved) rescale();
+      to_elements(last);
     }
     release(&s.q_empty);
     release(&s.union_empty[buffer]);
     ptx::barrier_wait(&s.v_full[v_at.stage], v_at.parity);
     ptx::fence_proxy_async();
-    issue_values(probabilities, s.v[v_at.stage]);
+    if (tail)
+      issue_values<kTail>(probabilities, s.v[v_at.stage]);
+    else
+      issue_values<kBlock>(probabilities, s.v[v_at.stage]);
     ptx::wgmma_wait<0>();
     release(&s.v_empty[v_at.stage]);
     v_at.next();
@@ -263,15 +291,13 @@ __global__ void __launch_bounds__(512, 1) attention_fwd_kernel(const __grid_cons
   let_next_kernel_start();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::registers_decrease<kProducerRegisters>();
-    Loader<SharedType, kFar> loader{p, s, {&p.q_map}, static_cast<int>(threadIdx.x)};
+    ptx::registers_decrease<kLoaderRegisters>();
+    Loader<SharedType, kFar> loader{p, s, {&p.q_map}};
     if (kFar) loader.q_maps[SharedType::kNumQueries - 1] = &p.q_far_map;
     loader.run(total_tiles);
   } else if (warpgroup == 3) {
-    ptx::registers_decrease<kProducerRegisters>();
-    if (threadIdx.x < 448)
-      Builder<kSoft, SharedType>{p, s, static_cast<int>(threadIdx.x / 32) - 12, static_cast<int>(threadIdx.x % 32)}
-          .run(total_tiles);
+    ptx::registers_decrease<kBuilderRegisters>();
+    if (threadIdx.x < 448) Builder<kSoft, SharedType>{p, s}.run(total_tiles);
   } else {
     ptx::registers_increase<kConsumerRegisters>();
     Consumer<ShapeType, kSoft, kFar> consumer{p, s, warpgroup - 1, static_cast<int>(threadIdx.x % 128)};

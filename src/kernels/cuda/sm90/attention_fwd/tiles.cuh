@@ -1,5 +1,5 @@
-// What attention's forward and dq kernels share on Hopper: tiles of query rows, the union of far rows of a tile, and the
-// warps that load blocks of keys for the others.
+// What attention's forward and dq kernels share on Hopper: tiles of query rows, the union of far rows of a tile, and
+// the warps that load blocks of keys for the others.
 #pragma once
 #include <cuda.h>
 
@@ -27,7 +27,7 @@ struct FwdParams {
   bool soft, far;  // which kernel; not read by it
 };
 
-constexpr int kChunk = 1024;  // queries that share a list of far rows, at most
+constexpr int kChunk = 1024;        // queries that share a list of far rows, at most
 constexpr float kMaxGrowth = 8.0f;  // the running maximum may lag by this many powers of two
 
 // What loader, builder and consumers share: kQueries tiles of query rows, kStagesK_ stages of K, kStagesV_ of V. Of the
@@ -63,6 +63,15 @@ struct __align__(1024) LoaderShared {
 };
 // The most far rows of a tile's union, padded to a block: what fits beside the tiles of head_dim 128.
 constexpr int kMaxUnionForward = 2304, kMaxUnionOthers = 1664;
+
+// The union's last block is of 64 keys where that is enough (and it is not the only one).
+constexpr int kTail = 64;
+__device__ __forceinline__ bool has_tail(int num_far) {
+  return num_far > kBlock && (num_far - 1) % kBlock < kTail;
+}
+__device__ __forceinline__ int whole_blocks(int num_far) {
+  return (num_far + kBlock - 1) / kBlock - has_tail(num_far);
+}
 
 // Byte offset of 16-byte piece `chunk` of row `row` in a tile.
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
@@ -108,10 +117,10 @@ template <bool kSoft, typename SharedType>
 struct Builder {
   const FwdParams& p;
   SharedType& s;
-  const int warp, lane;  // warp 0 or 1
   __device__ void sync() { asm volatile("bar.sync 1, 64;" ::: "memory"); }
 
   __device__ void build(const Tile& t, int buffer) {
+    const int lane = ptx::lane(), warp = ptx::thread() >> 5 & 1;
     const int64_t list = (static_cast<int64_t>(t.b) * p.num_kv_heads + t.kv) * p.num_chunks + t.first / p.chunk;
     const int candidates = p.live_count[list];
     const int4* live_rows = reinterpret_cast<const int4*>(p.live + list * p.live_capacity);
@@ -119,10 +128,11 @@ struct Builder {
     const int half = (candidates + 63) / 64 * 32;
     const int from = warp * half, to = min(candidates, from + half);
     int at[3] = {0, 0, 0};
+    constexpr int kUnroll = kSoft ? 2 : 1;  // what the registers hold without spills
     const uint32_t before = (1u << lane) - 1;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-#pragma unroll 2
+#pragma unroll kUnroll
       for (int base = from; base < to; base += 32) {
         const int candidate = base + lane;
         int4 x{0, INT32_MAX, 0, 0};
@@ -182,37 +192,45 @@ struct Builder {
   }
 };
 
-// The first warpgroup fills the stages.
+// The first warpgroup (threads 0 to 127) fills the stages.
 template <typename SharedType, bool kFar>
 struct Loader {
   using Shape = typename SharedType::Shape;
   const FwdParams& p;
   SharedType& s;
   const CUtensorMap* q_maps[SharedType::kNumQueries];  // what goes to s.q
-  const int thread;
-  Ring<SharedType::kStagesK> k_at{};
-  Ring<SharedType::kStagesV> v_at{};
+  uint32_t blocks = 0;                                 // loaded: their places in the rings of K and V follow from it
 
-  // kPieces threads copy rows 4m .. 4m+3, each 16 bytes of every one. Groups of rows that a thread copies lie a multiple
-  // of 8 rows apart, so its swizzles are fixed.
-  __device__ void gather(const Bits16* x, int stride_bytes, uint8_t* shared, const int32_t* rows) {
-    constexpr int kRows = kBlock * 32 / SharedType::kLoaders;        // of a warp
-    constexpr int kGroups = 32 / Shape::kPieces, kStep = 4 * kGroups;  // rows that a warp copies at once
-    const int piece = thread % Shape::kPieces, group = thread % 32 / Shape::kPieces, first = (thread >> 5) * kRows;
+  template <int kStages>
+  __device__ uint32_t stage() const {
+    return blocks % kStages;
+  }
+  // A stage that was used before is free when the wait for this parity returns.
+  template <int kStages>
+  __device__ uint32_t empty_parity() const {
+    return (blocks / kStages & 1) ^ 1;
+  }
+
+  // The first `keys` of a block. kPieces threads copy rows 4m .. 4m+3, each 16 bytes of every one; rows that a thread
+  // copies at different times lie a multiple of 8 apart, so its swizzles are fixed.
+  __device__ void gather(const Bits16* x, int stride_bytes, uint8_t* shared, const int32_t* rows, int keys) {
+    constexpr int kStep = SharedType::kLoaders / Shape::kPieces * 4;  // rows that all copy at once
+    const int thread = ptx::thread(), piece = thread % Shape::kPieces, first = thread / Shape::kPieces * 4;
     const char* source = reinterpret_cast<const char*>(x) + piece * 16;
-    const uint32_t base = ptx::shared_address(shared) + first * 128;
+    const uint32_t base = ptx::shared_address(shared) + (first & ~7) * 128;
 #pragma unroll
-    for (int n = 0; n < kRows / kStep; ++n) {
-      const int4 r = *reinterpret_cast<const int4*>(rows + first + group * 4 + n * kStep);
+    for (int n = 0; n < kBlock / kStep; ++n) {
+      if (n * kStep >= keys) break;
+      const int4 r = *reinterpret_cast<const int4*>(rows + first + n * kStep);
       const int row[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        ptx::copy_async_16(base + swizzled(group * 4 + c, piece) + n * kStep * 128,
+        ptx::copy_async_16(base + swizzled((first & 4) + c, piece) + n * kStep * 128,
                            source + static_cast<int64_t>(row[c]) * stride_bytes);
     }
   }
   __device__ void load_box(const Tile& t, const CUtensorMap* map, uint8_t* shared, uint64_t* barrier, int first) {
-    if (thread == 0) {
+    if (ptx::thread() == 0) {
       ptx::barrier_arrive_expect(barrier, Shape::kTileBytes);
 #pragma unroll
       for (int panel = 0; panel < Shape::kPanels; ++panel)
@@ -226,7 +244,7 @@ struct Loader {
   }
   // Q and the band: the first kBandLoaders threads. The others call skip().
   __device__ void band(const Tile& t, int done) {
-    if (thread == 0) {
+    if (ptx::thread() == 0) {
       ptx::barrier_wait(&s.q_empty, (done & 1) ^ 1);
       ptx::barrier_arrive_expect(&s.q_full,
                                  SharedType::kNumQueries * p.positions_per_tile * p.group * Shape::kRowBytes);
@@ -242,39 +260,34 @@ struct Loader {
 #pragma unroll 1
     for (int n = 0; n < band_blocks; ++n) {
       const int first = t.band_begin + n * kBlock;
-      ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
-      load_box(t, &p.k_map, s.k[k_at.stage], &s.k_full[k_at.stage], first);
-      k_at.next();
-      band_values(t, first);
+      const uint32_t k_stage = stage<SharedType::kStagesK>(), v_stage = stage<SharedType::kStagesV>();
+      ptx::barrier_wait(&s.k_empty[k_stage], empty_parity<SharedType::kStagesK>());
+      load_box(t, &p.k_map, s.k[k_stage], &s.k_full[k_stage], first);
+      ptx::barrier_wait(&s.v_empty[v_stage], empty_parity<SharedType::kStagesV>());
+      load_box(t, &p.v_map, s.v[v_stage], &s.v_full[v_stage], first);
+      ++blocks;
     }
   }
-  __device__ void band_values(const Tile& t, int first) {
-    ptx::barrier_wait(&s.v_empty[v_at.stage], v_at.parity ^ 1);
-    load_box(t, &p.v_map, s.v[v_at.stage], &s.v_full[v_at.stage], first);
-    v_at.next();
-  }
-  __device__ void skip(const Tile& t) {
-    for (int n = (t.band_rows + kBlock - 1) / kBlock; n > 0; --n) k_at.next(), v_at.next();
-  }
+  __device__ void skip(const Tile& t) { blocks += (t.band_rows + kBlock - 1) / kBlock; }
   // The union: all threads.
   __device__ void far(const Tile& t, int done) {
     const Bits16* v = p.v + t.b * p.v_batch + t.kv * p.v_head;
-    const Bits16* k =
-        kFar ? p.k_far + t.b * p.kf_batch + t.kv * p.kf_head : p.k + t.b * p.k_batch + t.kv * p.k_head;
+    const Bits16* k = kFar ? p.k_far + t.b * p.kf_batch + t.kv * p.kf_head : p.k + t.b * p.k_batch + t.kv * p.k_head;
     const int buffer = done & 1;
     ptx::barrier_wait(&s.union_full[buffer], (done >> 1) & 1);
     const int num_far = s.num_far[buffer];
 #pragma unroll 1
     for (int first = 0; first < num_far; first += kBlock) {
       const int32_t* rows = &s.row[buffer][first];
-      ptx::barrier_wait(&s.k_empty[k_at.stage], k_at.parity ^ 1);
-      gather(k, static_cast<int>(kFar ? p.kf_seq : p.k_seq) * 2, s.k[k_at.stage], rows);
-      ptx::copy_async_arrive(&s.k_full[k_at.stage]);
-      k_at.next();
-      ptx::barrier_wait(&s.v_empty[v_at.stage], v_at.parity ^ 1);
-      gather(v, static_cast<int>(p.v_seq) * 2, s.v[v_at.stage], rows);
-      ptx::copy_async_arrive(&s.v_full[v_at.stage]);
-      v_at.next();
+      const int keys = first > 0 && num_far - first <= kTail ? kTail : kBlock;  // has_tail
+      const uint32_t k_stage = stage<SharedType::kStagesK>(), v_stage = stage<SharedType::kStagesV>();
+      ptx::barrier_wait(&s.k_empty[k_stage], empty_parity<SharedType::kStagesK>());
+      gather(k, static_cast<int>(kFar ? p.kf_seq : p.k_seq) * 2, s.k[k_stage], rows, keys);
+      ptx::copy_async_arrive(&s.k_full[k_stage]);
+      ptx::barrier_wait(&s.v_empty[v_stage], empty_parity<SharedType::kStagesV>());
+      gather(v, static_cast<int>(p.v_seq) * 2, s.v[v_stage], rows, keys);
+      ptx::copy_async_arrive(&s.v_full[v_stage]);
+      ++blocks;
     }
   }
   __device__ void run(int total_tiles) {
