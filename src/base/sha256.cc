@@ -8,6 +8,8 @@
 #include <bit>
 #include <cstring>
 
+#include "base/mapped_file.h"
+
 namespace sparsek {
 namespace {
 
@@ -126,6 +128,18 @@ std::string Sha256::hex() {
   state_ = kStart;
   size_bytes_ = 0;
   return text;
+}
+
+std::string sha256_of(const MappedFile& file) {
+  constexpr size_t kStepBytes = size_t{4} << 20;
+  Sha256 hash;
+  const std::span<const uint8_t> bytes = file.bytes();
+  for (size_t at = 0; at < bytes.size(); at += kStepBytes) {
+    const size_t size = std::min(kStepBytes, bytes.size() - at);
+    hash.update(bytes.subspan(at, size));
+    file.release_pages(at, size);
+  }
+  return hash.hex();
 }
 
 }  // namespace sparsek

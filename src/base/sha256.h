@@ -10,6 +10,8 @@
 
 namespace sparsek {
 
+class MappedFile;
+
 class Sha256 {
  public:
   void update(std::span<const uint8_t> bytes);
@@ -30,5 +32,8 @@ class Sha256 {
   std::array<uint8_t, 64> block_{};  // of which size_bytes_ % 64 bytes are filled
   uint64_t size_bytes_ = 0;
 };
+
+// Of a whole file, whose pages are given back on the way: memory does not grow with it.
+std::string sha256_of(const MappedFile& file);
 
 }  // namespace sparsek

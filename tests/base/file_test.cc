@@ -11,6 +11,7 @@
 #include <string>
 
 #include "base/atomic_file.h"
+#include "base/mapped_file.h"
 
 namespace sparsek {
 namespace {
@@ -92,6 +93,15 @@ TEST_F(AtomicFileTest, AppearsWholeOrNotAtAll) {
   file.commit();
   wanted.replace(1, 3, "abc");
   EXPECT_EQ(read(path), wanted + "end");
+}
+
+TEST_F(AtomicFileTest, HashOfAFileIsThatOfItsBytes) {
+  for (const size_t size : {size_t{1}, size_t{4} << 20, (size_t{9} << 20) + 5}) {
+    std::string content(size, 'x');
+    for (size_t i = 0; i < size; i += 1000) content[i] = static_cast<char>(i / 1000);
+    write_file_atomically(folder_ / "file", content);
+    EXPECT_EQ(sha256_of(MappedFile(folder_ / "file")), hash_of(content, false));
+  }
 }
 
 TEST_F(AtomicFileTest, SaysWhatStandsInTheWay) {

@@ -95,6 +95,7 @@ void ShardFile::read(int64_t begin, std::span<TokenId> out) const {
 }
 
 std::string ShardFile::sha256() const {
+  if (file_) return sha256_of(*file_);
   Sha256 hash;
   hash.update(bytes_);
   return hash.hex();

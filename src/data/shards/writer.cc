@@ -57,9 +57,7 @@ ShardSummary ShardWriter::finish() {
   std::copy(tokenizer_.begin(), tokenizer_.end(), header.tokenizer);
   file_.write_at(0, bytes_of(std::span<const ShardHeader>(&header, 1)));
   ShardSummary summary{num_tokens_, num_documents(), file_.size_bytes(), {}};
-  Sha256 hash;
-  hash.update(MappedFile(file_.part_path()).bytes());
-  summary.sha256 = hash.hex();
+  summary.sha256 = sha256_of(MappedFile(file_.part_path()));
   file_.commit();
   return summary;
 }
