@@ -16,6 +16,7 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/report.h"
+#include "cli/train.h"
 #include "data/quote.h"
 
 namespace sparsek::cli {
@@ -233,6 +234,10 @@ int run(int argc, char** argv, std::string& advice) {
   add_perplexity(app, perplexity, flags);
   add_inspect(app, inspect, inspect_shards, flags);
   add_tokenize(app, tokenize);
+  TrainArguments train;
+  AdaptArguments adapt;
+  add_train(app, train);
+  add_adapt(app, adapt);
   CLI::App& bench = *app.add_subcommand("bench", "Timings");
   bench.require_subcommand(1);
   const CLI::App* attention_command = add_bench_attention(bench, bench_attention);
@@ -253,6 +258,8 @@ int run(int argc, char** argv, std::string& advice) {
   if (app.got_subcommand("perplexity")) return run_perplexity(perplexity);
   if (app.got_subcommand("inspect")) return inspect_either(inspect, inspect_shards, *app.get_subcommand("inspect"));
   if (app.got_subcommand("tokenize")) return run_tokenize(tokenize);
+  if (app.got_subcommand("train")) return run_train(train);
+  if (app.got_subcommand("adapt")) return run_adapt(adapt);
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }
 

@@ -62,6 +62,8 @@ void check_data(const TrainConfig& config) {
   if (data.task == "shards" && data.train.empty()) {
     throw_field("data.train", "expected the folder of token shards (sparsek tokenize makes one), found nothing");
   }
+  check_number("data.validation_fraction", data.validation_fraction, 0, 1);
+  check_range("data.min_tokens", data.min_tokens, 2);
   if (data.task == "recall") {
     check_range("data.recall_pairs", data.recall_pairs, 1);
     check_range("data.recall_keys", data.recall_keys, data.recall_pairs);
@@ -168,6 +170,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"data.task", &c.data.task, "shards, or recall: generated key-value recall across the window"},
       {"data.train", &c.data.train, "folder of token shards"},
       {"data.validation", &c.data.validation, "folder of token shards; empty: the part that data.train sets aside"},
+      {"data.validation_fraction", &c.data.validation_fraction, "of data.train's documents, where there is no folder"},
+      {"data.min_tokens", &c.data.min_tokens, "shorter documents are left out"},
       {"data.batch", &c.data.batch, "rows of a batch"},
       {"data.seqlen", &c.data.seqlen, "tokens of a row; not used with recurrent.chunk"},
       {"data.recall_pairs", &c.data.recall_pairs, "pairs to remember in a row"},

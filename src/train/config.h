@@ -51,6 +51,8 @@ struct ScorerOptions {
 struct DataOptions {
   std::string task = "shards";
   std::string train, validation;
+  double validation_fraction = 0.01;
+  int64_t min_tokens = 2;
   int64_t batch = 1, seqlen = 8192;
   int64_t recall_pairs = 16, recall_keys = 32, recall_values = 32, recall_noise = 32;
 };

@@ -7,8 +7,8 @@
 
 namespace sparsek::train {
 
-// Targets that count for nothing: padding, and a document's last token.
-inline constexpr int64_t kIgnored = -1;
+// Targets that count for nothing: padding, and a document's last token. As PyTorch has it.
+inline constexpr int64_t kIgnored = -100;
 
 struct Teacher {
   at::Tensor hidden;  // [tokens, dim] of the model to stay close to; undefined without

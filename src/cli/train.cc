@@ -1,0 +1,150 @@
+// sparsek train: a run from its configuration. sparsek adapt: the same with an existing model's defaults.
+#include "cli/train.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <utility>
+
+#include "base/error.h"
+#include "cli/interrupt.h"
+#include "cli/progress.h"
+#include "cli/resources.h"
+#include "data/quote.h"
+#include "train/trainer.h"
+
+namespace sparsek::cli {
+namespace {
+
+std::string duration(double seconds) {
+  const auto whole = static_cast<int64_t>(seconds);
+  return fmt::format("{}:{:02}:{:02}", whole / 3600, whole / 60 % 60, whole % 60);
+}
+
+std::string line_of(const train::StepReport& report) {
+  std::string line = fmt::format("step {} / {}  loss {:.4f}", with_separators(report.step),
+                                 with_separators(report.steps), report.loss);
+  if (report.kl != 0) line += fmt::format("  kl {:.4f}", report.kl);
+  if (report.validation) {
+    line +=
+        fmt::format("  validation {:.4f}, {:.1f}% right", report.validation->loss, 100 * report.validation->accuracy);
+  }
+  line += fmt::format("  {} tokens/s  {}  {} left", with_separators(static_cast<int64_t>(report.tokens_per_second)),
+                      human_bytes(static_cast<double>(report.memory_bytes)), duration(report.seconds_left));
+  if (report.skipped_steps > 0) line += fmt::format("  {} skipped", report.skipped_steps);
+  return line;
+}
+
+// On a terminal one line that changes, and one that stays for each validation; elsewhere the lines that stay, and one
+// every so many steps.
+class Lines {
+ public:
+  explicit Lines(int64_t every) : every_(every) {}
+  ~Lines() { clear(); }
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+
+  void operator()(const train::StepReport& report) {
+    const bool stays = report.validation || report.step == report.steps;
+    if (!is_terminal_ && !stays && report.step % every_ != 0) return;
+    clear();
+    std::fprintf(stderr, "%s%s", line_of(report).c_str(), is_terminal_ && !stays ? "" : "\n");
+    std::fflush(stderr);
+    is_drawn_ = is_terminal_ && !stays;
+  }
+  void notice(const std::string& text) {
+    clear();
+    fmt::print(stderr, "sparsek: {}\n", text);
+  }
+
+ private:
+  void clear() {
+    if (is_drawn_) std::fputs("\r\033[K", stderr);
+    is_drawn_ = false;
+  }
+  int64_t every_;
+  bool is_terminal_ = ::isatty(STDERR_FILENO) == 1, is_drawn_ = false;
+};
+
+int run(train::TrainConfig config, const TrainArguments& arguments) {
+  if (arguments.print_config) {
+    fmt::print("{}", train::config_text(config));
+    return 0;
+  }
+  if (arguments.resume && !arguments.checkpoint.empty()) {
+    throw_usage("--checkpoint: expected without --resume, which takes the newest one");
+  }
+  if (!config.model.base.empty()) config.model.base = resolve_model(config.model.base);
+  Lines lines(config.run.log_every);
+  train::TrainResult result;
+  {
+    const train::Observer observer{.on_step = [&](const train::StepReport& report) { lines(report); },
+                                   .should_stop = [] { return interrupted(); },
+                                   .notice = [&](const std::string& text) { lines.notice(text); }};
+    result = train::train(config, {.newest = arguments.resume, .checkpoint = arguments.checkpoint}, observer);
+  }
+  if (!result.is_complete) {
+    lines.notice(fmt::format("stopped after step {}; go on with --resume", result.steps));
+    return 0;
+  }
+  fmt::print("steps {}  tokens {}  loss {:.4f}", result.steps, with_separators(result.tokens), result.loss);
+  if (result.validation) {
+    fmt::print("  validation {:.4f}, {:.2f}% right", result.validation->loss, 100 * result.validation->accuracy);
+  }
+  fmt::print("  skipped {}\nwritten to {}\n", result.skipped_steps, result.exported);
+  return 0;
+}
+
+void add_common(CLI::App& command, TrainArguments& arguments) {
+  command.add_flag("--print-config", arguments.print_config, "show the configuration as it was understood, and end");
+  command.add_flag("--resume", arguments.resume, "go on after the newest checkpoint in run.folder");
+  command.add_option("--checkpoint", arguments.checkpoint, "go on after this checkpoint's folder");
+}
+
+}  // namespace
+
+void add_train(CLI::App& app, TrainArguments& arguments) {
+  CLI::App& command = *app.add_subcommand("train", "Train a model, from random weights or from an existing one");
+  command.add_option("config", arguments.config, "TOML file (--print-config shows every key)");
+  command.add_option("overrides", arguments.overrides, "key=value, as optimiser.lr=1e-3");
+  add_common(command, arguments);
+}
+
+int run_train(const TrainArguments& arguments) {
+  TrainArguments given = arguments;
+  if (given.config.find('=') != std::string::npos) {  // no file, overrides alone
+    given.overrides.insert(given.overrides.begin(), std::exchange(given.config, ""));
+  }
+  return run(train::load_config(given.config, given.overrides), given);
+}
+
+void add_adapt(CLI::App& app, AdaptArguments& arguments) {
+  CLI::App& command = *app.add_subcommand("adapt", "Teach an existing model SparseK attention");
+  command.add_option("--model", arguments.model, "GGUF file, Hugging Face folder, or smollm2")->required();
+  command.add_option("--data", arguments.data, "folder of token shards (sparsek tokenize)");
+  command.add_option("--train", arguments.part, "scorer (the base stays as it is), lora or full")
+      ->capture_default_str();
+  command.add_option("--loss", arguments.loss, "next-token, kl (to the dense model's own logits) or both")
+      ->capture_default_str();
+  command.add_option("--out", arguments.out, "folder of the run (default: adapt-PART)");
+  command.add_option("--config", arguments.train.config, "TOML file to begin with, as `sparsek train` reads it");
+  command.add_option("overrides", arguments.train.overrides, "key=value, as attention.topk=128");
+  add_common(command, arguments.train);
+}
+
+int run_adapt(const AdaptArguments& arguments) {
+  const std::string& loss = arguments.loss;
+  if (loss != "next-token" && loss != "kl" && loss != "both") {
+    throw_usage("--loss: expected next-token, kl or both, found {}", in_quotes(loss));
+  }
+  std::vector<std::string> overrides = {
+      "model.base=" + arguments.model, "trainable.part=" + arguments.part,
+      fmt::format("loss.next_token={}", loss == "kl" ? 0 : 1), fmt::format("loss.kl={}", loss == "next-token" ? 0 : 1),
+      "run.folder=" + (arguments.out.empty() ? "adapt-" + arguments.part : arguments.out)};
+  if (!arguments.data.empty()) overrides.push_back("data.train=" + arguments.data);
+  overrides.insert(overrides.end(), arguments.train.overrides.begin(), arguments.train.overrides.end());
+  return run(train::load_config(arguments.train.config, overrides), arguments.train);
+}
+
+}  // namespace sparsek::cli

@@ -1,0 +1,26 @@
+// sparsek train and sparsek adapt: their arguments, and the calls.
+#pragma once
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+namespace sparsek::cli {
+
+struct TrainArguments {
+  std::string config;                  // TOML file; empty: defaults
+  std::vector<std::string> overrides;  // key=value
+  bool print_config = false, resume = false;
+  std::string checkpoint;
+};
+void add_train(CLI::App& app, TrainArguments& arguments);
+int run_train(const TrainArguments& arguments);
+
+// Options of `adapt` are names for keys of the same configuration.
+struct AdaptArguments {
+  TrainArguments train;
+  std::string model, data, part = "scorer", loss = "next-token", out;
+};
+void add_adapt(CLI::App& app, AdaptArguments& arguments);
+int run_adapt(const AdaptArguments& arguments);
+
+}  // namespace sparsek::cli

@@ -1,0 +1,161 @@
+#include "train/batches.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+
+#include <algorithm>
+#include <charconv>
+#include <numeric>
+#include <random>
+
+#include "base/error.h"
+#include "data/quote.h"
+#include "train/token_loss.h"
+
+namespace sparsek::train {
+namespace {
+
+int64_t parse_index(const std::string& text, const char* what) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
+    throw_data("position of {}: expected a number, found {}", what, in_quotes(text));
+  }
+  return value;
+}
+
+class Recall final : public BatchSource {
+ public:
+  explicit Recall(const RecallOptions& options) : options_(options) {}
+
+  Batch next() override {
+    Batch batch;
+    batch.ids = at::empty({options_.batch, options_.seqlen}, at::kLong);
+    batch.targets = at::full({options_.batch, options_.seqlen}, kIgnored, at::kLong);
+    // Each batch has a generator of its own: any can be made without those before it.
+    std::seed_seq seed{static_cast<uint64_t>(options_.seed), static_cast<uint64_t>(options_.split),
+                       static_cast<uint64_t>(index_)};
+    std::mt19937_64 generator(seed);
+    for (int64_t row = 0; row < options_.batch; ++row) {
+      fill(batch.ids[row].mutable_data_ptr<int64_t>(), batch.targets[row].mutable_data_ptr<int64_t>(), generator);
+    }
+    batch.num_targets = options_.batch * options_.num_pairs;
+    ++index_;
+    return batch;
+  }
+  std::string position() const override { return std::to_string(index_); }
+  void seek(const std::string& position) override { index_ = parse_index(position, "the recall task"); }
+  int64_t vocab_size() const override { return options_.num_noise + options_.num_keys + options_.num_values; }
+
+ private:
+  // Ids: noise, then keys, then values. std's distributions differ between libraries; a remainder does not.
+  void fill(int64_t* ids, int64_t* targets, std::mt19937_64& generator) const {
+    const auto below = [&](int64_t n) { return static_cast<int64_t>(generator() % static_cast<uint64_t>(n)); };
+    const auto shuffled = [&](int64_t n) {
+      std::vector<int64_t> order(n);
+      std::iota(order.begin(), order.end(), 0);
+      for (int64_t i = n - 1; i > 0; --i) std::swap(order[i], order[below(i + 1)]);
+      return order;
+    };
+    const int64_t pairs = options_.num_pairs, questions = options_.seqlen - 2 * pairs;
+    for (int64_t t = 0; t < questions; ++t) ids[t] = below(options_.num_noise);
+    const std::vector<int64_t> keys = shuffled(options_.num_keys), asked = shuffled(pairs);
+    // Pairs at even positions of the first part, no two at the same one.
+    std::vector<int64_t> places = shuffled((questions - options_.gap) / 2);
+    std::vector<int64_t> values(pairs);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      values[pair] = options_.num_noise + options_.num_keys + below(options_.num_values);
+      ids[2 * places[pair]] = options_.num_noise + keys[pair];
+      ids[2 * places[pair] + 1] = values[pair];
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t t = questions + 2 * i;
+      ids[t] = options_.num_noise + keys[asked[i]];
+      ids[t + 1] = targets[t] = values[asked[i]];
+    }
+  }
+
+  RecallOptions options_;
+  int64_t index_ = 0;
+};
+
+class Chunks final : public BatchSource {
+ public:
+  Chunks(std::unique_ptr<BatchSource> rows, int64_t chunk) : rows_(std::move(rows)), chunk_(chunk) {}
+
+  Batch next() override {
+    if (next_ == 0) {
+      row_position_ = rows_->position();
+      current_ = rows_->next();
+      TORCH_CHECK(current_.document_ends.empty(), "packed rows cannot be cut into chunks");
+    }
+    const int64_t batch = current_.ids.size(0), seqlen = current_.ids.size(1);
+    const int64_t first = next_ * chunk_, count = std::min(chunk_, seqlen - first);
+    Batch result;
+    result.ids = at::full({batch, chunk_}, 0, at::kLong);  // what is behind the document is read by nobody
+    result.targets = at::full({batch, chunk_}, kIgnored, at::kLong);
+    result.ids.narrow(1, 0, count).copy_(current_.ids.narrow(1, first, count));
+    result.targets.narrow(1, 0, count).copy_(current_.targets.narrow(1, first, count));
+    result.num_targets = result.targets.ne(kIgnored).sum().item<int64_t>();
+    result.starts.assign(batch, next_ == 0 ? 1 : 0);
+    next_ = first + count < seqlen ? next_ + 1 : 0;
+    return result;
+  }
+  std::string position() const override {
+    return next_ == 0 ? rows_->position() + " 0" : row_position_ + " " + std::to_string(next_);
+  }
+  void seek(const std::string& position) override {
+    const size_t space = position.rfind(' ');
+    if (space == std::string::npos) throw_data("position of chunks: expected two parts, found {}", in_quotes(position));
+    const int64_t chunk = parse_index(position.substr(space + 1), "chunks");
+    rows_->seek(position.substr(0, space));
+    next_ = 0;
+    while (next_ < chunk) {
+      const int64_t before = next_;
+      next();
+      if (next_ <= before) throw_data("position of chunks: expected one inside a row, found {}", in_quotes(position));
+    }
+  }
+  int64_t vocab_size() const override { return rows_->vocab_size(); }
+
+ private:
+  std::unique_ptr<BatchSource> rows_;
+  int64_t chunk_, next_ = 0;  // chunk of the current rows; 0: new rows
+  Batch current_;
+  std::string row_position_;
+};
+
+}  // namespace
+
+std::unique_ptr<BatchSource> make_recall(const RecallOptions& options) {
+  const int64_t room = (options.seqlen - 2 * options.num_pairs - options.gap) / 2;
+  if (room < options.num_pairs) {
+    throw_field("data.seqlen",
+                "expected at least {} for {} pairs, their questions and {} tokens between them, found {}",
+                4 * options.num_pairs + options.gap, options.num_pairs, options.gap, options.seqlen);
+  }
+  return std::make_unique<Recall>(options);
+}
+
+std::unique_ptr<BatchSource> cut_into_chunks(std::unique_ptr<BatchSource> rows, int64_t chunk) {
+  return std::make_unique<Chunks>(std::move(rows), chunk);
+}
+
+std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split) {
+  const DataOptions& data = config.data;
+  if (data.task == "shards") return open_shards(config, split);
+  // A window can pass something on once a layer: with this gap no window reaches from a question to its pair.
+  const int64_t gap = config.model.num_layers * config.attention.window_size;
+  auto rows = make_recall({.batch = data.batch,
+                           .seqlen = data.seqlen,
+                           .num_pairs = data.recall_pairs,
+                           .num_keys = data.recall_keys,
+                           .num_values = data.recall_values,
+                           .num_noise = data.recall_noise,
+                           .gap = gap,
+                           .seed = config.run.seed,
+                           .split = split});
+  return config.recurrent.chunk > 0 ? cut_into_chunks(std::move(rows), config.recurrent.chunk) : std::move(rows);
+}
+
+}  // namespace sparsek::train

@@ -1,0 +1,54 @@
+// Where batches come from, one after the other, and where a run that was ended goes on.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "train/config.h"
+
+namespace sparsek::train {
+
+struct Batch {
+  at::Tensor ids;                      // int64 [batch, seqlen], on the CPU
+  at::Tensor targets;                  // int64 [batch, seqlen]: the next token, or kIgnored
+  std::vector<int32_t> document_ends;  // of a packed row (batch 1): where its documents end; empty: one document a row
+  std::vector<uint8_t> starts;         // recurrent: rows whose document begins here; empty: all
+  int64_t num_targets = 0;             // that count
+};
+
+class BatchSource {
+ public:
+  virtual ~BatchSource() = default;
+  virtual Batch next() = 0;
+  // What seek() needs for next() to give the same batch again; text that a checkpoint keeps.
+  virtual std::string position() const = 0;
+  // Throws DataError when the text is none of this source's.
+  virtual void seek(const std::string& position) = 0;
+  virtual int64_t vocab_size() const = 0;  // every id is below
+};
+
+enum class Split : uint8_t { kTrain, kValidation };
+
+// data.* and recurrent.* of a run. Throws DataError for data that cannot be used.
+std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split);
+
+// Key-value recall across the window, without end, by seed: pairs of a key and its value lie in noise; at the end of a
+// row each key is asked once, and its value, the next token, is the only target. `gap` noise tokens at least stand
+// between pairs and questions.
+struct RecallOptions {
+  int64_t batch, seqlen, num_pairs, num_keys, num_values, num_noise, gap, seed;
+  Split split;
+};
+std::unique_ptr<BatchSource> make_recall(const RecallOptions& options);
+
+// Token shards (data/shards): packed rows as one row with document_ends, or whole documents in order, a chunk at a
+// time.
+std::unique_ptr<BatchSource> open_shards(const TrainConfig& config, Split split);
+
+// Each row of `rows`, which must not be packed, as a document that comes in chunks.
+std::unique_ptr<BatchSource> cut_into_chunks(std::unique_ptr<BatchSource> rows, int64_t chunk);
+
+}  // namespace sparsek::train

@@ -1,0 +1,126 @@
+#include "train/checkpoint_folder.h"
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+#include "base/atomic_file.h"
+#include "base/sha256.h"
+#include "data/quote.h"
+
+namespace sparsek::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kPrefix = "step-";
+constexpr const char* kUnfinished = ".part";  // being written, or being removed
+constexpr const char* kFormat = "sparsek-checkpoint-1";
+
+std::string text_of(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  if (!file.is_open() || file.bad()) throw_data("{}: expected a checkpoint's file, found none that can be read", path);
+  return text;
+}
+
+std::string sha256_of(const std::string& text) {
+  Sha256 hash;
+  hash.update(text);
+  return hash.hex();
+}
+
+// Failing to clean up is no error of the run.
+void remove_folder(const std::string& path) {
+  std::error_code ignored;
+  fs::rename(path, path + kUnfinished, ignored);
+  fs::remove_all(ignored ? path : path + kUnfinished, ignored);
+}
+
+}  // namespace
+
+std::string CheckpointFolder::path_of(int64_t step) const {
+  return fmt::format("{}/{}{:08}", path_, kPrefix, step);
+}
+
+std::vector<int64_t> CheckpointFolder::steps() const {
+  std::vector<int64_t> steps;
+  std::error_code missing;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path_, missing)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(kPrefix)) continue;
+    int64_t step = 0;
+    const char* begin = name.data() + std::string_view(kPrefix).size();
+    const auto [end, error] = std::from_chars(begin, name.data() + name.size(), step);
+    if (error == std::errc() && end == name.data() + name.size()) steps.push_back(step);
+  }
+  std::sort(steps.begin(), steps.end());
+  return steps;
+}
+
+void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const NamedTensors& tensors, int64_t keep) {
+  const std::string final_path = path_of(step), part = final_path + kUnfinished;
+  std::error_code error;
+  fs::remove_all(part, error);
+  fs::create_directories(part, error);
+  if (error) throw WriteError(fmt::format("{}: cannot create it: {}", part, error.message()));
+  try {
+    nlohmann::json whole;
+    whole["format"] = kFormat;
+    whole["state"] = state;
+    whole["tensors_sha256"] = write_tensors(part + "/tensors.safetensors", tensors, {{"format", kFormat}});
+    const std::string text = whole.dump(1, ' ', false, nlohmann::json::error_handler_t::replace);
+    write_file_atomically(part + "/state.json", nlohmann::json{{"sha256", sha256_of(text)}, {"content", text}}.dump());
+    sync_folder(part);
+    if (fs::exists(final_path)) remove_folder(final_path);  // of a run that went back to an older checkpoint
+    fs::rename(part, final_path, error);
+    if (error) throw WriteError(fmt::format("{}: cannot rename it: {}", part, error.message()));
+    sync_folder(path_);
+  } catch (...) {
+    fs::remove_all(part, error);
+    throw;
+  }
+  std::vector<int64_t> all = steps();
+  while (static_cast<int64_t>(all.size()) > keep) {
+    remove_folder(path_of(all.front()));
+    all.erase(all.begin());
+  }
+}
+
+Checkpoint load_checkpoint(const std::string& path) {
+  const std::string state_path = path + "/state.json";
+  Checkpoint checkpoint;
+  std::string tensors_sha256;
+  try {
+    const nlohmann::json outer = nlohmann::json::parse(text_of(state_path));
+    const std::string wanted = outer.at("sha256").get<std::string>(), text = outer.at("content").get<std::string>();
+    if (const std::string found = sha256_of(text); found != wanted) {
+      throw_data("{}: expected SHA-256 {} of its content, found {}; the file is damaged", state_path, wanted, found);
+    }
+    const nlohmann::json whole = nlohmann::json::parse(text);
+    if (whole.at("format") != kFormat) {
+      throw_data("{}: expected format {}, found {}", state_path, kFormat, in_quotes(whole.at("format").dump()));
+    }
+    tensors_sha256 = whole.at("tensors_sha256").get<std::string>();
+    checkpoint.state = whole.at("state");
+  } catch (const nlohmann::json::exception&) {
+    throw_data("{}: expected a checkpoint's state, found something else; the file is damaged", state_path);
+  }
+  checkpoint.tensors = read_tensors(path + "/tensors.safetensors", tensors_sha256);
+  return checkpoint;
+}
+
+Checkpoint CheckpointFolder::load(int64_t step) const {
+  try {
+    return load_checkpoint(path_of(step));
+  } catch (const DataError& error) {
+    const std::vector<int64_t> all = steps();
+    const auto it = std::lower_bound(all.begin(), all.end(), step);
+    if (it == all.begin()) throw;
+    throw_data("{}; go on from the checkpoint before it with --checkpoint {}", error.what(), path_of(*std::prev(it)));
+  }
+}
+
+}  // namespace sparsek::train

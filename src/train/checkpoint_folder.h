@@ -1,0 +1,37 @@
+// Checkpoints of a run: FOLDER/step-00001000/{tensors.safetensors, state.json}. A checkpoint appears under its name
+// when both files are on the disk, so that what is there is whole; older ones go only after that.
+#pragma once
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "train/tensor_file.h"
+
+namespace sparsek::train {
+
+struct Checkpoint {
+  nlohmann::json state;
+  std::map<std::string, at::Tensor> tensors;
+};
+
+class CheckpointFolder {
+ public:
+  explicit CheckpointFolder(std::string path) : path_(std::move(path)) {}
+
+  std::vector<int64_t> steps() const;  // ascending
+  std::string path_of(int64_t step) const;
+
+  // Throws WriteError when the disk is full; what was saved before stays. Then keeps the newest `keep`.
+  void save(int64_t step, const nlohmann::json& state, const NamedTensors& tensors, int64_t keep);
+  // Throws DataError naming the damaged file, its hash and the checkpoint before it.
+  Checkpoint load(int64_t step) const;
+
+ private:
+  std::string path_;
+};
+
+// One checkpoint by its folder.
+Checkpoint load_checkpoint(const std::string& path);
+
+}  // namespace sparsek::train

@@ -1,0 +1,129 @@
+#include "train/export.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/matmul.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "base/atomic_file.h"
+#include "model/adapter.h"
+#include "train/tensor_file.h"
+
+namespace sparsek::train {
+namespace {
+
+nlohmann::ordered_json config_json(const model::ModelConfig& config, const char* dtype) {
+  const char* architecture = config.architecture == model::Architecture::kLlama   ? "LlamaForCausalLM"
+                             : config.architecture == model::Architecture::kQwen2 ? "Qwen2ForCausalLM"
+                                                                                  : "Qwen3ForCausalLM";
+  nlohmann::ordered_json rope = {{"rope_type", "default"}, {"rope_theta", config.rope.theta}};
+  if (config.rope.scaling == model::RopeScaling::kLinear) {
+    rope["rope_type"] = "linear";
+    rope["factor"] = config.rope.factor;
+  } else if (config.rope.scaling == model::RopeScaling::kLlama3) {
+    rope["rope_type"] = "llama3";
+    rope["factor"] = config.rope.factor;
+    rope["low_freq_factor"] = config.rope.low_freq_factor;
+    rope["high_freq_factor"] = config.rope.high_freq_factor;
+    rope["original_max_position_embeddings"] = static_cast<int64_t>(config.rope.original_context_length);
+  }
+  return {{"architectures", {architecture}},
+          {"model_type", model::name(config.architecture)},
+          {"_name_or_path", config.model_name},
+          {"hidden_act", "silu"},
+          {"hidden_size", config.dim},
+          {"intermediate_size", config.ffn_dim},
+          {"num_hidden_layers", config.num_layers},
+          {"num_attention_heads", config.num_heads},
+          {"num_key_value_heads", config.num_kv_heads},
+          {"head_dim", config.head_dim},
+          {"vocab_size", config.vocab_size},
+          {"max_position_embeddings", config.context_length > 0 ? config.context_length : 131072},
+          {"rms_norm_eps", config.rms_eps},
+          {"attention_bias", config.architecture != model::Architecture::kQwen2 && config.qkv_bias},
+          {"mlp_bias", false},
+          {"tie_word_embeddings", config.tied_embeddings},
+          {"rope_theta", config.rope.theta},
+          {"rope_parameters", rope},
+          {"dtype", dtype},
+          {"torch_dtype", dtype}};
+}
+
+}  // namespace
+
+void export_huggingface(const Network& network, const std::string& folder) {
+  const at::NoGradGuard no_grad;
+  const model::ModelConfig& config = network.config();
+  if (!config.rope.frequency_divisors.empty()) {
+    throw_data("{}: a model with rope_freqs cannot be written as a Hugging Face folder", folder);
+  }
+  const at::ScalarType dtype = network.options().dtype == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  NamedTensors tensors;
+  const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+    if (tensor.defined()) tensors.emplace_back(name, tensor.detach().to(dtype).cpu().contiguous());
+  };
+  const auto merged = [&](const at::Tensor& matrix, const Lora& lora) {
+    if (!lora.a.defined()) return matrix;
+    return matrix.to(at::kFloat) + at::matmul(lora.b, lora.a) * network.options().lora_scale;
+  };
+  const auto add_stack = [&](const std::string& prefix, const at::Tensor& stack,
+                             std::initializer_list<std::pair<const char*, int64_t>> parts, const char* suffix) {
+    int64_t row = 0;
+    for (const auto& [name, rows] : parts) {
+      if (stack.defined()) add(prefix + name + suffix, stack.narrow(0, row, rows));
+      row += rows;
+    }
+  };
+  const Parameters& parameters = network.parameters();
+  add("model.embed_tokens.weight", parameters.embedding);
+  for (size_t i = 0; i < parameters.layers.size(); ++i) {
+    const LayerParameters& layer = parameters.layers[i];
+    const std::string prefix = fmt::format("model.layers.{}.", i);
+    const std::initializer_list<std::pair<const char*, int64_t>> qkv = {{"self_attn.q_proj", config.q_dim()},
+                                                                        {"self_attn.k_proj", config.kv_dim()},
+                                                                        {"self_attn.v_proj", config.kv_dim()}};
+    add(prefix + "input_layernorm.weight", layer.attention_norm);
+    add_stack(prefix, merged(layer.qkv, layer.qkv_lora), qkv, ".weight");
+    add_stack(prefix, layer.qkv_bias, qkv, ".bias");
+    add(prefix + "self_attn.q_norm.weight", layer.query_norm);
+    add(prefix + "self_attn.k_norm.weight", layer.key_norm);
+    add(prefix + "self_attn.o_proj.weight", merged(layer.attention_output, layer.attention_output_lora));
+    add(prefix + "self_attn.o_proj.bias", layer.attention_output_bias);
+    add(prefix + "post_attention_layernorm.weight", layer.ffn_norm);
+    add_stack(prefix, merged(layer.gate_up, layer.gate_up_lora),
+              {{"mlp.gate_proj", config.ffn_dim}, {"mlp.up_proj", config.ffn_dim}}, ".weight");
+    add(prefix + "mlp.down_proj.weight", merged(layer.down, layer.down_lora));
+  }
+  add("model.norm.weight", parameters.final_norm);
+  add("lm_head.weight", parameters.output);
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
+  write_tensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});
+  const char* dtype_name = dtype == at::kBFloat16 ? "bfloat16" : "float32";
+  write_file_atomically(folder + "/config.json", config_json(config, dtype_name).dump(2) + "\n");
+}
+
+void export_adapter(const Network& network, const TrainConfig& config, const std::string& path) {
+  const at::NoGradGuard no_grad;
+  const model::AttentionConfig attention = attention_config(config);
+  model::Adapter adapter;
+  adapter.base = network.config().model_name;
+  adapter.timestep_norm = config.scorer.timestep_norm;
+  adapter.attention = {.topk = attention.topk,
+                       .window_size = attention.window_size,
+                       .num_sinks = attention.num_sinks,
+                       .far_distance = attention.far_distance,
+                       .gate = attention.gate};
+  const auto plain = [](const at::Tensor& x) { return x.defined() ? x.detach().cpu() : x; };
+  for (const LayerParameters& layer : network.parameters().layers) {
+    adapter.layers.push_back({plain(layer.scorer_hidden), plain(layer.scorer_hidden_bias), plain(layer.scorer),
+                              layer.alpha.defined() ? layer.alpha.item<double>() : 0, plain(layer.beta),
+                              plain(layer.gamma), plain(layer.slope)});
+  }
+  model::save_adapter(path, adapter, network.config());
+}
+
+}  // namespace sparsek::train

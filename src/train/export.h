@@ -1,0 +1,15 @@
+// A trained model as files that other programs read: a Hugging Face folder, and the scorers as an adapter beside it.
+#pragma once
+#include <string>
+
+#include "train/config.h"
+#include "train/network.h"
+
+namespace sparsek::train {
+
+// config.json and model.safetensors in `folder`, LoRA merged; bf16 for networks that compute in bf16, else float32.
+void export_huggingface(const Network& network, const std::string& folder);
+// The scorers with the attention they were trained for (model/adapter.h). Sparsek networks only.
+void export_adapter(const Network& network, const TrainConfig& config, const std::string& path);
+
+}  // namespace sparsek::train

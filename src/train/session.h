@@ -1,0 +1,28 @@
+// What a configuration trains: the network, the dense teacher beside it, and what of it is learned.
+#pragma once
+#include <optional>
+
+#include "train/config.h"
+#include "train/network.h"
+
+namespace sparsek::train {
+
+struct Session {
+  Network network;
+  std::optional<Network> teacher;  // the base with its own dense attention, when the loss or a warm start needs it
+};
+
+// Reads the base, or draws weights; adds scorers and LoRA; marks what requires a gradient. Frozen matrices are kept in
+// the compute type.
+Session open_session(const TrainConfig& config);
+
+at::Device parse_device(const std::string& text);  // throws UsageError naming run.device
+at::ScalarType parse_dtype(const std::string& text);
+
+// topk and window_size of a step: linear from schedule.*_from in schedule.anneal_steps.
+struct Sizes {
+  int64_t topk, window_size;
+};
+Sizes scheduled_sizes(const TrainConfig& config, int64_t step);
+
+}  // namespace sparsek::train

@@ -1,0 +1,408 @@
+#include "train/trainer.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <numeric>
+
+#include "base/atomic_file.h"
+#include "data/quote.h"
+#include "data/weight_view.h"
+#include "train/batches.h"
+#include "train/checkpoint_folder.h"
+#include "train/device_memory.h"
+#include "train/export.h"
+#include "train/metrics.h"
+#include "train/optimiser.h"
+#include "train/session.h"
+#include "train/token_loss.h"
+#include "train/warm_start.h"
+
+namespace sparsek::train {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kMaxSkippedInARow = 50;  // then the run has broken down
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// What chunks carry from one to the next: each row's document position, and one state a layer.
+class Carried {
+ public:
+  explicit Carried(const Network& network) : network_(network) {}
+
+  // Forward over the next chunk of every row.
+  at::Tensor forward(const Batch& batch, const at::Tensor& ids) {
+    const int64_t rows = ids.size(0), chunk = ids.size(1);
+    if (states_.empty()) {
+      states_ = network_.new_states(rows);
+      fresh_ = states_;
+      positions_.assign(rows, 0);
+    }
+    reset(batch.starts);
+    const at::Tensor hidden = network_.forward(ids, network_.layout(rows, chunk, {}, positions_), &states_);
+    for (int64_t& position : positions_) position += chunk;
+    return hidden;
+  }
+  void detach() {
+    for (LayerState& state : states_) state = detached(state);
+  }
+
+  void save(const std::string& name, NamedTensors& tensors, nlohmann::json& state) const {
+    state[name] = positions_;
+    for (size_t i = 0; i < states_.size(); ++i) {
+      const Tensors members = tensors_of(states_[i]);
+      for (size_t m = 0; m < members.size(); ++m) {
+        tensors.emplace_back(fmt::format("{}.{}.{}", name, i, m), members[m].detach());
+      }
+    }
+  }
+  void load(const std::string& name, const Checkpoint& from) {
+    positions_ = from.state.at(name).get<std::vector<int64_t>>();
+    if (positions_.empty()) return;
+    const at::NoGradGuard no_grad;
+    fresh_ = network_.new_states(static_cast<int64_t>(positions_.size()));
+    states_ = fresh_;
+    for (size_t i = 0; i < states_.size(); ++i) {
+      Tensors members = tensors_of(states_[i]);
+      for (size_t m = 0; m < members.size(); ++m) {
+        const at::Tensor& saved = from.tensors.at(fmt::format("{}.{}.{}", name, i, m));
+        if (saved.sizes() != members[m].sizes()) {
+          throw_data("checkpoint: tensor {}.{}.{}: expected shape {}, found {}", name, i, m,
+                     shape_text(members[m].sizes()), shape_text(saved.sizes()));
+        }
+        members[m] = saved.to(members[m].device());
+      }
+      states_[i] = with_tensors(states_[i], members);
+    }
+  }
+
+ private:
+  void reset(const std::vector<uint8_t>& starts) {
+    int64_t count = 0;
+    for (size_t row = 0; row < positions_.size(); ++row) {
+      if (!starts.empty() && starts[row] == 0) continue;
+      positions_[row] = 0;
+      ++count;
+    }
+    if (count == 0) return;
+    if (count == static_cast<int64_t>(positions_.size())) {
+      states_ = fresh_;
+      return;
+    }
+    std::vector<uint8_t> flags = starts;
+    const at::Tensor mask = at::from_blob(flags.data(), {static_cast<int64_t>(flags.size())}, at::kByte)
+                                .to(network_.options().device, at::kBool);
+    for (size_t i = 0; i < states_.size(); ++i) states_[i] = reset_rows(states_[i], fresh_[i], mask);
+  }
+
+  const Network& network_;
+  std::vector<LayerState> states_, fresh_;
+  std::vector<int64_t> positions_;
+};
+
+class Run {
+ public:
+  Run(const TrainConfig& config, const Observer& observer)
+      : config_(config),
+        observer_(observer),
+        session_(open_session(config)),
+        train_(open_batches(config, Split::kTrain)),
+        validation_(open_batches(config, Split::kValidation)),
+        validation_begin_(validation_->position()),
+        optimiser_(session_.network.parameters(), config.optimiser, config.run.steps),
+        folder_(config.run.folder + "/checkpoints"),
+        carried_(session_.network) {
+    if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
+    const int64_t vocab_size = session_.network.config().vocab_size;
+    if (train_->vocab_size() > vocab_size) {
+      throw_data("data: expected ids below the model's vocabulary of {}, found a vocabulary of {}", vocab_size,
+                 train_->vocab_size());
+    }
+  }
+
+  TrainResult operator()(const Resume& resume) {
+    begin(resume);
+    observer_.notice(fmt::format("{} learned parameters of {}", optimiser_.num_parameters(),
+                                 session_.network.config().num_parameters()));
+    if (step_ == 0 && config_.warm_start.steps > 0 && !was_resumed_) {
+      if (!warm_start(session_, config_, *train_, observer_.notice, observer_.should_stop)) return stopped();
+    }
+    Clock::time_point interval_begin = Clock::now();
+    int64_t interval_tokens = 0, interval_steps = 0, skipped_in_a_row = 0;
+    while (step_ < config_.run.steps) {
+      const int64_t tokens_before = tokens_;
+      StepReport report = one_step();
+      interval_tokens += tokens_ - tokens_before;
+      ++interval_steps;
+      skipped_in_a_row = was_applied_ ? 0 : skipped_in_a_row + 1;
+      if (skipped_in_a_row >= kMaxSkippedInARow) {
+        throw_data(
+            "step {}: the loss or a gradient was not finite {} times in a row; lower optimiser.lr, or go on from "
+            "an older checkpoint",
+            step_, skipped_in_a_row);
+      }
+      const bool is_last = step_ == config_.run.steps;
+      const bool validates = config_.validation.every > 0 && (is_last || step_ % config_.validation.every == 0);
+      const bool logs = is_last || step_ % config_.run.log_every == 0 || validates;
+      if (logs) {
+        const double seconds = seconds_since(interval_begin);
+        seconds_per_step_ = seconds / static_cast<double>(interval_steps);
+        tokens_per_second_ = static_cast<double>(interval_tokens) / seconds;
+      }
+      report.tokens_per_second = tokens_per_second_;
+      report.seconds_left = seconds_per_step_ * static_cast<double>(config_.run.steps - step_);
+      report.memory_bytes = peak_memory_bytes(session_.network.options().device);
+      if (validates) report.validation = last_validation_ = validate();
+      if (logs) {
+        metrics_->append(report);
+        interval_begin = Clock::now();
+        interval_tokens = interval_steps = 0;
+      }
+      observer_.on_step(report);
+      last_loss_ = report.loss;
+      const bool stops = !is_last && observer_.should_stop();
+      if (is_last || stops || (config_.checkpoint.every > 0 && step_ % config_.checkpoint.every == 0)) save();
+      if (stops) return stopped();
+    }
+    TrainResult result = stopped();
+    result.is_complete = true;
+    result.exported = export_all();
+    return result;
+  }
+
+ private:
+  // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.
+  void begin(const Resume& resume) {
+    const std::vector<int64_t> saved = folder_.steps();
+    if (!resume.checkpoint.empty()) {
+      load(load_checkpoint(resume.checkpoint));
+    } else if (resume.newest && !saved.empty()) {
+      load(folder_.load(saved.back()));
+    } else if (!saved.empty()) {
+      throw_field("run.folder",
+                  "expected a folder without checkpoints, found step {} in {}; go on with --resume, or "
+                  "name another folder",
+                  saved.back(), config_.run.folder);
+    } else if (resume.newest) {
+      observer_.notice("nothing to resume: starting at step 0");
+    }
+    std::error_code error;
+    std::filesystem::create_directories(config_.run.folder, error);
+    if (error) throw WriteError(fmt::format("{}: cannot create it: {}", config_.run.folder, error.message()));
+    write_file_atomically(config_.run.folder + "/config.toml", config_text(config_));
+    metrics_.emplace(config_.run.folder + "/metrics.jsonl", step_);
+  }
+
+  StepReport one_step() {
+    const Sizes sizes = scheduled_sizes(config_, step_);
+    if (config_.schedule.anneal_steps > 0) session_.network.set_sizes(sizes.topk, sizes.window_size);
+    const bool is_recurrent = config_.recurrent.chunk > 0;
+    const int64_t chunks = is_recurrent ? config_.recurrent.bptt_chunks : 1;
+    // Read first: each token's weight in the loss is 1 / the step's number of targets.
+    std::vector<Batch> batches;
+    int64_t num_targets = 0;
+    for (int64_t i = 0; i < config_.optimiser.accumulation * chunks; ++i) {
+      batches.push_back(train_->next());
+      num_targets += batches.back().num_targets;
+      tokens_ += batches.back().ids.numel();
+    }
+    const double scale = 1.0 / static_cast<double>(std::max<int64_t>(num_targets, 1));
+    at::Tensor next_token, kl;
+    for (size_t first = 0; first < batches.size(); first += chunks) {
+      at::Tensor total;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const TokenLoss loss = batch_loss(batches[first + c]);
+        total = total.defined() ? total.add(loss.total) : loss.total;
+        next_token = next_token.defined() ? next_token.add(loss.next_token) : loss.next_token;
+        kl = kl.defined() ? kl.add(loss.kl) : loss.kl;
+      }
+      if (total.requires_grad()) total.mul(scale).backward();
+      if (is_recurrent) carried_.detach();
+    }
+    StepReport report;
+    report.loss = next_token.item<double>() * scale;
+    report.kl = kl.item<double>() * scale;
+    const Optimiser::Step applied = optimiser_.apply(step_, std::isfinite(report.loss) && std::isfinite(report.kl));
+    was_applied_ = applied.was_applied;
+    if (!was_applied_) ++skipped_;
+    ++step_;
+    report.step = step_;
+    report.steps = config_.run.steps;
+    report.rate = applied.rate;
+    report.gradient_norm = applied.gradient_norm;
+    report.tokens = tokens_;
+    report.skipped_steps = skipped_;
+    return report;
+  }
+
+  LossWeights loss_weights() const { return {config_.loss.next_token, config_.loss.kl, config_.loss.rows}; }
+
+  TokenLoss batch_loss(const Batch& batch) {
+    const Network& network = session_.network;
+    const at::Tensor ids = batch.ids.to(network.options().device);
+    const at::Tensor targets = batch.targets.to(network.options().device).flatten();
+    const bool is_recurrent = config_.recurrent.chunk > 0;
+    const at::Tensor hidden = is_recurrent ? carried_.forward(batch, ids) : whole(network, batch, ids);
+    Teacher teacher;
+    if (session_.teacher && config_.loss.kl > 0) {
+      const at::NoGradGuard no_grad;
+      teacher.hidden =
+          (is_recurrent ? teacher_carried_->forward(batch, ids) : whole(*session_.teacher, batch, ids)).flatten(0, 1);
+      teacher.output = session_.teacher->parameters().output_matrix();
+    }
+    return token_loss(hidden.flatten(0, 1), network.parameters().output_matrix(), targets, loss_weights(), teacher);
+  }
+
+  static at::Tensor whole(const Network& network, const Batch& batch, const at::Tensor& ids) {
+    return network.forward(ids, network.layout(ids.size(0), ids.size(1), batch.document_ends), nullptr);
+  }
+
+  Evaluation validate() {
+    const at::NoGradGuard no_grad;
+    const Network& network = session_.network;
+    validation_->seek(validation_begin_);
+    Carried carried(network);
+    double loss = 0;
+    int64_t hits = 0, targets = 0;
+    for (int64_t i = 0; i < config_.validation.batches; ++i) {
+      const Batch batch = validation_->next();
+      const at::Tensor ids = batch.ids.to(network.options().device);
+      const at::Tensor hidden = config_.recurrent.chunk > 0 ? carried.forward(batch, ids) : whole(network, batch, ids);
+      const TokenScores scores = token_scores(hidden.flatten(0, 1), network.parameters().output_matrix(),
+                                              batch.targets.to(network.options().device).flatten(), config_.loss.rows);
+      loss += scores.losses.sum(at::kDouble).item<double>();
+      hits += scores.hits.sum().item<int64_t>();
+      targets += batch.num_targets;
+    }
+    const auto count = static_cast<double>(std::max<int64_t>(targets, 1));
+    return {loss / count, static_cast<double>(hits) / count};
+  }
+
+  void save() {
+    nlohmann::json state = {{"step", step_},
+                            {"tokens", tokens_},
+                            {"skipped", skipped_},
+                            {"applied", optimiser_.num_applied()},
+                            {"data", train_->position()},
+                            {"config", config_text(config_)}};
+    NamedTensors tensors = optimiser_.tensors();
+    if (config_.recurrent.chunk > 0) {
+      carried_.save("carried", tensors, state);
+      if (teacher_carried_) teacher_carried_->save("teacher_carried", tensors, state);
+    }
+    try {
+      folder_.save(step_, state, tensors, config_.checkpoint.keep);
+    } catch (const WriteError& error) {
+      const std::vector<int64_t> saved = folder_.steps();
+      throw WriteError(fmt::format("{}; {}", error.what(),
+                                   saved.empty()
+                                       ? std::string("nothing was saved yet")
+                                       : folder_.path_of(saved.back()) + " is whole: make room, then --resume"));
+    }
+  }
+
+  void load(const Checkpoint& checkpoint) {
+    const at::NoGradGuard no_grad;
+    for (auto& [name, tensor] : optimiser_.tensors()) {
+      const auto it = checkpoint.tensors.find(name);
+      if (it == checkpoint.tensors.end() || it->second.sizes() != tensor.sizes()) {
+        throw_data(
+            "checkpoint: tensor {}: expected shape {}, found {}; it is another model's, or another part was "
+            "learned",
+            name, shape_text(tensor.sizes()), it == checkpoint.tensors.end() ? "none" : shape_text(it->second.sizes()));
+      }
+      at::Tensor(tensor).copy_(it->second);
+    }
+    try {
+      step_ = checkpoint.state.at("step").get<int64_t>();
+      tokens_ = checkpoint.state.at("tokens").get<int64_t>();
+      skipped_ = checkpoint.state.at("skipped").get<int64_t>();
+      optimiser_.set_num_applied(checkpoint.state.at("applied").get<int64_t>());
+      train_->seek(checkpoint.state.at("data").get<std::string>());
+      if (config_.recurrent.chunk > 0) {
+        carried_.load("carried", checkpoint);
+        if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint);
+      }
+      report_changes(checkpoint.state.at("config").get<std::string>());
+    } catch (const nlohmann::json::exception& error) {
+      throw_data("checkpoint: expected a state of this program, found another: {}", error.what());
+    } catch (const std::out_of_range&) {
+      throw_data("checkpoint: expected carried tensors of {} chunks, found others", config_.recurrent.chunk);
+    }
+    was_resumed_ = true;
+    observer_.notice(fmt::format("going on after step {}", step_));
+  }
+
+  // A run that goes on with another configuration is allowed, and said.
+  void report_changes(const std::string& saved_text) {
+    TrainConfig now = config_, saved = parse_config(saved_text, "checkpoint", {});
+    const auto text = [](const ConfigKey& key) {
+      return std::visit([](const auto* value) { return fmt::format("{}", *value); }, key.field);
+    };
+    const std::vector<ConfigKey> new_keys = keys(now), old_keys = keys(saved);
+    for (size_t i = 0; i < new_keys.size(); ++i) {
+      if (const std::string before = text(old_keys[i]), after = text(new_keys[i]); before != after) {
+        observer_.notice(fmt::format("{} was {}, now {}", new_keys[i].name, in_quotes(before), in_quotes(after)));
+      }
+    }
+  }
+
+  TrainResult stopped() const {
+    return {.is_complete = false,
+            .steps = step_,
+            .skipped_steps = skipped_,
+            .tokens = tokens_,
+            .loss = last_loss_,
+            .validation = last_validation_,
+            .exported = {}};
+  }
+
+  std::string export_all() const {
+    const std::string folder = config_.run.folder + "/model";
+    const bool has_scorers = config_.attention.kind == "sparsek";
+    if (config_.trainable.part != "scorer") export_huggingface(session_.network, folder);
+    if (has_scorers) {
+      std::error_code error;
+      std::filesystem::create_directories(folder, error);
+      if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
+      export_adapter(session_.network, config_, folder + "/adapter.safetensors");
+    }
+    return folder;
+  }
+
+  TrainConfig config_;
+  const Observer& observer_;
+  Session session_;
+  std::unique_ptr<BatchSource> train_, validation_;
+  std::string validation_begin_;
+  Optimiser optimiser_;
+  CheckpointFolder folder_;
+  Carried carried_;
+  std::optional<Carried> teacher_carried_;
+  std::optional<MetricsFile> metrics_;
+
+  int64_t step_ = 0, tokens_ = 0, skipped_ = 0;
+  bool was_applied_ = false, was_resumed_ = false;
+  double last_loss_ = 0, tokens_per_second_ = 0, seconds_per_step_ = 0;
+  std::optional<Evaluation> last_validation_;
+};
+
+}  // namespace
+
+TrainResult train(const TrainConfig& config, const Resume& resume, const Observer& observer) {
+  if (config.run.threads > 0) at::set_num_threads(static_cast<int>(config.run.threads));
+  if (config.attention.deterministic) at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+  Run run(config, observer);
+  return run(resume);
+}
+
+}  // namespace sparsek::train

@@ -1,0 +1,128 @@
+"""sparsek train as a program: killed at random moments and resumed, ended by a signal, wrong configurations."""
+import hashlib
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+import program
+
+TINY = ["data.task=recall", "data.recall_pairs=3", "data.recall_keys=6", "data.recall_values=6", "data.recall_noise=6", "data.batch=2",
+        "data.seqlen=64", "model.vocab_size=61", "model.num_layers=2", "model.dim=32", "model.ffn_dim=48", "model.num_heads=4",
+        "model.num_kv_heads=2", "model.head_dim=8", "model.init_std=0.1", "attention.topk=6", "attention.window_size=8",
+        "attention.num_sinks=1", "scorer.hidden=8", "run.dtype=f32", "run.log_every=1", "run.threads=1", "validation.every=100",
+        "validation.batches=2", "checkpoint.every=5"]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line.get("validation_loss")) for line in lines}
+
+
+def tensors(folder, step):
+    path = folder / "checkpoints" / f"step-{step:08}" / "tensors.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("more", [[], ["recurrent.chunk=24", "recurrent.bptt_chunks=2"]], ids=["whole", "recurrent"])
+def test_killed_at_random_moments(tmp_path, more):
+    steps, kills = 300, 10
+    command = [str(program.PROGRAM), "train", *TINY, *more, f"run.steps={steps}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin = time.monotonic()
+    assert subprocess.run([*command, f"run.folder={whole}"], capture_output=True).returncode == 0
+    seconds = time.monotonic() - begin
+    moments = random.Random(20240617)
+    for _ in range(kills):
+        process = subprocess.Popen([*command, f"run.folder={killed}", "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, max(seconds / 2, 0.5)))
+        process.kill()
+        process.wait()
+    assert subprocess.run([*command, f"run.folder={killed}", "--resume"], capture_output=True).returncode == 0
+    assert losses(whole) == losses(killed)
+    assert tensors(whole, steps) == tensors(killed, steps)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends_well(tmp_path, number):
+    command = [str(program.PROGRAM), "train", *TINY, "run.steps=100000", "checkpoint.every=0", f"run.folder={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"--resume" in errors
+    saved = list((tmp_path / "checkpoints").iterdir())
+    assert len(saved) == 1 and (saved[0] / "state.json").exists()
+
+
+def test_print_config_gives_the_same_run(tmp_path):
+    text = program.run("train", *TINY, "optimiser.lr=0.002", "--print-config").stdout
+    path = tmp_path / "run.toml"
+    path.write_bytes(text)
+    assert program.run("train", path, "--print-config").stdout == text
+    assert b"lr = 0.002" in text
+
+
+def test_wrong_configurations(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[optimiser]\nlearning_rate = 1\n")
+    program.fails(2, "train", path, mentions=["run.toml:2", "optimiser.learning_rate", "did you mean"])
+    path.write_text("[data]\nbatch = \"two\"\n")
+    program.fails(2, "train", path, mentions=["run.toml:2", "data.batch", "expected a whole number, found text"])
+    program.fails(2, "train", *TINY, "run.step=3", mentions=["did you mean run.steps?"])
+    program.fails(2, "train", *TINY, "run.device=cuda", mentions=["run.device"])
+    program.fails(1, "train", tmp_path / "none.toml", mentions=["none.toml"])
+    program.fails(2, "adapt", "--model", tmp_path, "--loss", "most", mentions=["--loss", "'most'"])
+
+
+def shards(folder):
+    """Token shards of two texts, and the text that perplexity reads."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for i in range(24):
+        (texts / f"{i:02}.txt").write_text(program.TEXT * 4 + f"This was text number {i}.\n")
+    assert program.run("tokenize", texts, "--model", program.MODEL, "--out", folder / "shards").returncode == 0
+    return folder / "shards", texts / "00.txt"
+
+
+@pytest.mark.parametrize("more", [["data.seqlen=96", "data.batch=2"], ["recurrent.chunk=64", "recurrent.bptt_chunks=2", "data.batch=2"]],
+                         ids=["packed", "chunks"])
+def test_from_shards(tmp_path, more):
+    data, _ = shards(tmp_path)
+    command = ["train", *[key for key in TINY if not key.startswith("data.")], "model.vocab_size=49152", f"data.train={data}",
+               "data.validation_fraction=0.3", "optimiser.lr=1e-2", "optimiser.warmup_steps=2", *more]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert program.run(*command, "run.steps=20", f"run.folder={whole}").returncode == 0
+    assert program.run(*command, "run.steps=20", f"run.folder={resumed}").returncode == 0
+    newest = resumed / "checkpoints" / "step-00000020"
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    assert program.run(*command, "run.steps=20", f"run.folder={resumed}", "--resume").returncode == 0
+    assert losses(whole) == losses(resumed)
+    assert tensors(whole, 20) == tensors(resumed, 20)
+    assert losses(whole)[20][0] < losses(whole)[1][0] - 1
+    program.fails(1, *command, f"run.folder={tmp_path / 'other'}", "model.vocab_size=1000", mentions=["1000", "49152"])
+    program.fails(1, *command, f"run.folder={tmp_path / 'other'}", f"data.train={tmp_path / 'none'}", mentions=["none"])
+
+
+def test_adapted_scorers_are_read_by_the_other_commands(tmp_path):
+    data, text = shards(tmp_path)
+    run = tmp_path / "run"
+    result = program.run("adapt", "--model", program.MODEL, "--data", data, "--out", run, "--loss", "both", "run.steps=2", "data.seqlen=192",
+                         "attention.topk=16", "attention.window_size=40", "scorer.hidden=8", "validation.batches=1", "run.log_every=1",
+                         "warm_start.steps=1", timeout=900)
+    assert result.returncode == 0, result.stderr
+    adapter = run / "model" / "adapter.safetensors"
+    assert not (run / "model" / "config.json").exists()  # the base stays as it is
+    result = program.run("perplexity", text, "--model", program.MODEL, "--scorer", adapter, "--json")
+    assert result.returncode == 0, result.stderr
+    read = json.loads(result.stdout)
+    assert "topk 16 window 40" in read["attention"] and read["loss"] < 8
