@@ -96,6 +96,16 @@ int run(train::TrainConfig config, const TrainArguments& arguments) {
   return 0;
 }
 
+// Keys of a configuration are no options of the command: main would put dashes before them.
+template <class Action>
+int with_keys(const Action& action) {
+  try {
+    return action();
+  } catch (const UsageError& error) {
+    throw UsageError(std::string(error.what()));
+  }
+}
+
 void add_common(CLI::App& command, TrainArguments& arguments) {
   command.add_flag("--print-config", arguments.print_config, "show the configuration as it was understood, and end");
   command.add_flag("--resume", arguments.resume, "go on after the newest checkpoint in run.folder");
@@ -116,7 +126,7 @@ int run_train(const TrainArguments& arguments) {
   if (given.config.find('=') != std::string::npos) {  // no file, overrides alone
     given.overrides.insert(given.overrides.begin(), std::exchange(given.config, ""));
   }
-  return run(train::load_config(given.config, given.overrides), given);
+  return with_keys([&] { return run(train::load_config(given.config, given.overrides), given); });
 }
 
 void add_adapt(CLI::App& app, AdaptArguments& arguments) {
@@ -144,7 +154,7 @@ int run_adapt(const AdaptArguments& arguments) {
       "run.folder=" + (arguments.out.empty() ? "adapt-" + arguments.part : arguments.out)};
   if (!arguments.data.empty()) overrides.push_back("data.train=" + arguments.data);
   overrides.insert(overrides.end(), arguments.train.overrides.begin(), arguments.train.overrides.end());
-  return run(train::load_config(arguments.train.config, overrides), arguments.train);
+  return with_keys([&] { return run(train::load_config(arguments.train.config, overrides), arguments.train); });
 }
 
 }  // namespace sparsek::cli

@@ -126,4 +126,35 @@ void export_adapter(const Network& network, const TrainConfig& config, const std
   model::save_adapter(path, adapter, network.config());
 }
 
+void export_card(const Network& network, const TrainConfig& config, const CardFacts& facts, const std::string& path) {
+  const model::ModelConfig& model = network.config();
+  model::AttentionConfig attention = attention_config(config);
+  attention.adapter_path = "adapter.safetensors";
+  const bool has_base = !config.model.base.empty();
+  std::string text = fmt::format("# {}\n\n", model.model_name.empty() ? "Model" : model.model_name);
+  const auto line = [&](const char* what, const std::string& value) { text += fmt::format("- {}: {}\n", what, value); };
+  line("base", has_base ? std::filesystem::path(config.model.base).filename().string() : "none, random weights");
+  line("learned", config.trainable.part == "lora" ? fmt::format("lora of rank {}", config.trainable.lora_rank)
+                                                  : config.trainable.part);
+  line("attention", model::describe(attention));
+  if (attention.kind == model::AttentionKind::kSparsek) {
+    line("scorer", fmt::format("{}, timestep normalisation {}, delayed score {}",
+                               config.scorer.hidden > 0 ? fmt::format("MLP of {}", config.scorer.hidden) : "linear",
+                               config.scorer.timestep_norm ? "on" : "off", config.scorer.delayed ? "on" : "off"));
+  }
+  line("loss", fmt::format("next token x {}, KL to the dense base x {}", config.loss.next_token, config.loss.kl));
+  line("data", config.data.task == "shards" ? config.data.train : "task " + config.data.task);
+  line("rows", config.recurrent.chunk > 0 ? fmt::format("whole documents in chunks of {}, gradients through {}",
+                                                        config.recurrent.chunk, config.recurrent.bptt_chunks)
+                                          : fmt::format("{} tokens", config.data.seqlen));
+  line("steps", fmt::format("{} ({} left out), {} tokens, seed {}", facts.steps, facts.skipped_steps, facts.tokens,
+                            config.run.seed));
+  if (facts.validation) {
+    line("validation", fmt::format("loss {:.4f} nats a token, next token right {:.2f} %", facts.validation->loss,
+                                   100 * facts.validation->accuracy));
+  }
+  text += "\nThe configuration is config.toml beside this folder.\n";
+  write_file_atomically(path, text);
+}
+
 }  // namespace sparsek::train

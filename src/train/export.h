@@ -1,9 +1,12 @@
 // A trained model as files that other programs read: a Hugging Face folder, and the scorers as an adapter beside it.
 #pragma once
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "train/config.h"
 #include "train/network.h"
+#include "train/trainer.h"
 
 namespace sparsek::train {
 
@@ -11,5 +14,12 @@ namespace sparsek::train {
 void export_huggingface(const Network& network, const std::string& folder);
 // The scorers with the attention they were trained for (model/adapter.h). Sparsek networks only.
 void export_adapter(const Network& network, const TrainConfig& config, const std::string& path);
+
+// README.md for people: what was trained, on what, and what it measured.
+struct CardFacts {
+  int64_t steps = 0, tokens = 0, skipped_steps = 0;
+  std::optional<Evaluation> validation;
+};
+void export_card(const Network& network, const TrainConfig& config, const CardFacts& facts, const std::string& path);
 
 }  // namespace sparsek::train

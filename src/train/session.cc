@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "data/quote.h"
 #include "model/config.h"
+#include "ops/ops.h"
 
 namespace sparsek::train {
 namespace {
@@ -54,6 +55,10 @@ at::Device parse_device(const std::string& text) {
   if (!c10::impl::hasDeviceGuardImpl(at::kCUDA)) {
     throw_field("run.device", "expected cpu: this program was built without CUDA, found {}", in_quotes(text));
   }
+  if (!ops::has_kernels(at::kCUDA)) {
+    throw_field("run.device", "expected cpu: this program was built without the CUDA kernels, found {}",
+                in_quotes(text));
+  }
   try {
     at::Device device(text);
     if (!device.has_index()) device.set_index(0);
@@ -92,6 +97,9 @@ Session open_session(const TrainConfig& config) {
   NetworkOptions options;
   options.dtype = parse_dtype(config.run.dtype);
   options.device = parse_device(config.run.device);
+  if (!options.device.is_cpu() && options.dtype != at::kBFloat16) {
+    throw_field("run.dtype", "expected bf16 on a GPU, found {}", config.run.dtype);
+  }
   options.recompute = config.trainable.recompute;
   options.lora_scale = config.trainable.lora_alpha / static_cast<double>(config.trainable.lora_rank);
   visit_parameters(parameters, [&](const std::string& name, at::Tensor& tensor, Group group) {

@@ -368,14 +368,16 @@ class Run {
 
   std::string export_all() const {
     const std::string folder = config_.run.folder + "/model";
-    const bool has_scorers = config_.attention.kind == "sparsek";
+    std::error_code error;
+    std::filesystem::create_directories(folder, error);
+    if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
     if (config_.trainable.part != "scorer") export_huggingface(session_.network, folder);
-    if (has_scorers) {
-      std::error_code error;
-      std::filesystem::create_directories(folder, error);
-      if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
+    if (config_.attention.kind == "sparsek") {
       export_adapter(session_.network, config_, folder + "/adapter.safetensors");
     }
+    export_card(session_.network, config_,
+                {.steps = step_, .tokens = tokens_, .skipped_steps = skipped_, .validation = last_validation_},
+                folder + "/README.md");
     return folder;
   }
 

@@ -78,6 +78,7 @@ def test_wrong_configurations(tmp_path):
     program.fails(2, "train", path, mentions=["run.toml:2", "data.batch", "expected a whole number, found text"])
     program.fails(2, "train", *TINY, "run.step=3", mentions=["did you mean run.steps?"])
     program.fails(2, "train", *TINY, "run.device=cuda", mentions=["run.device"])
+    assert "--" not in program.fails(2, "train", *TINY, "optimiser.lr=-1", mentions=["optimiser.lr"])
     program.fails(1, "train", tmp_path / "none.toml", mentions=["none.toml"])
     program.fails(2, "adapt", "--model", tmp_path, "--loss", "most", mentions=["--loss", "'most'"])
 
@@ -121,6 +122,7 @@ def test_adapted_scorers_are_read_by_the_other_commands(tmp_path):
                          "warm_start.steps=1", timeout=900)
     assert result.returncode == 0, result.stderr
     adapter = run / "model" / "adapter.safetensors"
+    assert "validation: loss" in (run / "model" / "README.md").read_text()
     assert not (run / "model" / "config.json").exists()  # the base stays as it is
     result = program.run("perplexity", text, "--model", program.MODEL, "--scorer", adapter, "--json")
     assert result.returncode == 0, result.stderr
