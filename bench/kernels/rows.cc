@@ -104,6 +104,10 @@ int main(int argc, char** argv) {
     void* const workspace = device<uint8_t>(cuda::window_mass_workspace_bytes(mass));
     time_of("window_rows", repeats, [&] { cuda::window_rows(rows, nullptr); });
     time_of("window_mass", repeats, [&] { cuda::window_mass(mass, workspace, nullptr); });
+    if (cuda::compute_capability() == 90) {
+      time_of("window_mass, sm90", repeats,
+              [&] { cuda::window_mass(mass, workspace, nullptr, cuda::KernelChoice::kSm90); });
+    }
   }
 
   SelectParams select{};

@@ -9,9 +9,7 @@
 #include "kernels/cuda/sm90/attention.h"
 
 namespace sparsek::cuda {
-namespace {
 
-// 10 * major + minor of the current device, asked for once per device.
 int compute_capability() {
   static std::array<std::atomic<int>, 64> known{};
   int device = 0;
@@ -26,8 +24,6 @@ int compute_capability() {
   return capability;
 }
 
-}  // namespace
-
 const char* name(KernelSet set) {
   return set == KernelSet::kSm90 ? "sm90" : "portable";
 }
@@ -41,12 +37,12 @@ const char* attention_unsupported(DType dtype, int head_dim, int num_heads, int 
 }
 
 KernelSet attention_kernel_set(const AttentionFwdParams& params, const LiveLists& live, KernelChoice choice) {
-  const bool sm90 = choice == KernelChoice::kAutomatic && compute_capability() == 90;
+  const bool sm90 = choice != KernelChoice::kPortable && compute_capability() == 90;
   return sm90 && sm90::serves_forward(params, live) ? KernelSet::kSm90 : KernelSet::kPortable;
 }
 
 KernelSet attention_backward_kernel_set(const AttentionBwdParams& params, const LiveLists& live, KernelChoice choice) {
-  const bool sm90 = choice == KernelChoice::kAutomatic && compute_capability() == 90;
+  const bool sm90 = choice != KernelChoice::kPortable && compute_capability() == 90;
   return sm90 && sm90::serves_backward(params, live) ? KernelSet::kSm90 : KernelSet::kPortable;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/kernel_choice.h"
 #include "kernels/cuda/live_rows.h"
 #include "kernels/params.h"
 
@@ -13,9 +14,6 @@ namespace sparsek::cuda {
 
 enum class KernelSet : uint8_t { kSm90, kPortable };
 const char* name(KernelSet set);  // "sm90", "portable"
-
-// Whether a caller leaves the choice to the kernels or wants the portable set (tests on Hopper).
-enum class KernelChoice : uint8_t { kAutomatic, kPortable };
 
 // Null where some set serves these on the current device, else what would be served, for an exception's text.
 const char* attention_unsupported(DType dtype, int head_dim, int num_heads, int num_kv_heads);

@@ -80,7 +80,7 @@ class Problem {
 
   // Queries from `begin` on behind their window's rows, by the rows of window_rows; what no query reads is NaN.
   // mass: [batch, num_kv_heads, seqlen] so far, changed. `begin` 0 and `end` seqlen: a whole sequence, nothing carried.
-  void run(int64_t begin, int64_t end, std::vector<float>& mass) const {
+  void run(int64_t begin, int64_t end, cuda::KernelChoice choice, std::vector<float>& mass) const {
     const bool is_whole = begin == 0 && end == spec_.seqlen;
     const int64_t batch = spec_.batch, chunk = end - begin, dim = spec_.head_dim, kv_heads = spec_.num_kv_heads,
                   carried = is_whole ? 0 : spec_.num_sinks + spec_.window_size, rows = carried + chunk;
@@ -152,10 +152,10 @@ class Problem {
     params.head_dim = static_cast<int32_t>(dim), params.window_size = static_cast<int32_t>(spec_.window_size);
     params.softmax_scale = spec_.softmax_scale;
     const DeviceArray<uint8_t> workspace(cuda::window_mass_workspace_bytes(params));
-    cuda::window_mass(params, workspace.data(), nullptr);
+    cuda::window_mass(params, workspace.data(), nullptr, choice);
     cuda::check_cuda(cudaDeviceSynchronize(), "window_mass");
     const std::vector<float> out = d_mass.to_vector();
-    cuda::window_mass(params, workspace.data(), nullptr);
+    cuda::window_mass(params, workspace.data(), nullptr, choice);
     cuda::check_cuda(cudaDeviceSynchronize(), "window_mass");
     EXPECT_EQ(std::memcmp(out.data(), d_mass.to_vector().data(), out.size() * sizeof(float)), 0)
         << "differs in a repeat";
@@ -190,20 +190,21 @@ void expect_close(const std::vector<float>& actual, const Values& expected, cons
   }
 }
 
-void expect_whole(const Case& c) {
-  SCOPED_TRACE(describe(c));
-  const Problem problem(c);
-  std::vector<float> mass(c.spec.batch * c.spec.num_kv_heads * c.spec.seqlen);
-  problem.run(0, c.spec.seqlen, mass);
-  expect_close(mass, problem.expected(), c);
-}
+// In one call or in several, by both sets of kernels.
 void expect_chunks(const Case& c, const std::vector<int64_t>& ends) {
-  SCOPED_TRACE(describe(c));
   const Problem problem(c);
-  std::vector<float> mass(c.spec.batch * c.spec.num_kv_heads * c.spec.seqlen);
-  int64_t begin = 0;
-  for (const int64_t end : ends) problem.run(begin, end, mass), begin = end;
-  expect_close(mass, problem.expected(), c);
+  const Values expected = problem.expected();
+  for (const cuda::KernelChoice choice : {cuda::KernelChoice::kPortable, cuda::KernelChoice::kSm90}) {
+    if (choice == cuda::KernelChoice::kSm90 && cuda::compute_capability() != 90) continue;
+    SCOPED_TRACE(describe(c) + (choice == cuda::KernelChoice::kPortable ? " portable" : " sm90"));
+    std::vector<float> mass(c.spec.batch * c.spec.num_kv_heads * c.spec.seqlen);
+    int64_t begin = 0;
+    for (const int64_t end : ends) problem.run(begin, end, choice, mass), begin = end;
+    expect_close(mass, expected, c);
+  }
+}
+void expect_whole(const Case& c) {
+  expect_chunks(c, {c.spec.seqlen});
 }
 
 Case base(int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, int64_t sinks) {

@@ -8,7 +8,6 @@
 
 namespace sparsek::cuda::mass {
 
-constexpr float kLargestSum = 1e30f;
 constexpr int kRowsOfThread = 4;  // 16 m + lane / 4 + 8 h at [2 m + h]
 
 template <int kBlockBytes>
@@ -120,9 +119,6 @@ struct LseTile {
     const int first_own = p.num_carried + first + first_position, last_own = p.num_carried + first + last_position;
     const int first_begin = has_rows ? s.window_begin[warp * kWarpRows] : 0,
               last_begin = has_rows ? s.window_begin[last_row] : 0;
-    Products pending;  // the last 16 columns of the plain block before, whose exponentials are not added yet
-    bool has_pending = false;
-    fill(pending, p.nothing);
 #pragma unroll
     for (int n = 0; n < kStages - 1; ++n) copy(n);
 #pragma unroll 1
@@ -135,29 +131,33 @@ struct LseTile {
       // An own key lies in a newer block, so that the row has its maximum.
       const bool is_plain = begin >= last_begin && begin + kBlockRows <= first_own && !running_maximum;
       if (is_plain) {
-        Products current;
+        Products d[2];
+        R::multiply(d[0], a, stage(n), 0, [](int) {});
 #pragma unroll
-        for (int part = 0; part < kBlockRows / kColumns; part += 2) {
-          R::multiply(current, a, stage(n), part, [&](int step) { add_share(pending, step); });
-          R::multiply(pending, a, stage(n), part + 1, [&](int step) { add_share(current, step); });
+        for (int part = 1; part < kBlockRows / kColumns; ++part) {
+          R::multiply(d[part % 2], a, stage(n), part, [&](int step) { add_share(d[(part - 1) % 2], step); });
         }
-        has_pending = true;
+#pragma unroll
+        for (int product = 0; product < kProducts; ++product) softmax.add(d[1], product, p.scale_log2);
       } else {
-        add_pending(pending, has_pending);
 #pragma unroll 1
-        for (int part = 0; part < kBlockRows / kColumns; ++part) {
+        for (int part = kBlockRows / kColumns - 1; part >= 0; --part) {  // the newest first, as above
           const int first_key = begin + part * kColumns;
           if (first_key + kColumns <= first_begin || first_key > last_own) continue;
           Products d;
           R::multiply(d, a, stage(n), part, [](int) {});
-          forget_shared_memory();
-          softmax.add_masked(d, p.scale_log2, [&](int r, int column) {
-            return first_key + column >= s.window_begin[row(r)] && first_key + column <= s.own[row(r)];
-          });
+          if (first_key >= last_begin && first_key + kColumns <= first_own && !running_maximum) {
+#pragma unroll
+            for (int product = 0; product < kProducts; ++product) softmax.add(d, product, p.scale_log2);
+          } else {
+            forget_shared_memory();
+            softmax.add_masked(d, p.scale_log2, [&](int r, int column) {
+              return first_key + column >= s.window_begin[row(r)] && first_key + column <= s.own[row(r)];
+            });
+          }
         }
       }
     }
-    add_pending(pending, has_pending);
     ptx::copy_async_wait<0>();
   }
 
@@ -165,13 +165,6 @@ struct LseTile {
   __device__ __forceinline__ void add_share(const Products& d, int step) {
 #pragma unroll
     for (int n = 0; n < kProducts / R::kSteps; ++n) softmax.add(d, step * (kProducts / R::kSteps) + n, p.scale_log2);
-  }
-  __device__ __forceinline__ void add_pending(Products& pending, bool& has_pending) {
-    if (!has_pending) return;  // there may be no maximum yet
-    has_pending = false;
-#pragma unroll
-    for (int n = 0; n < kProducts; ++n) softmax.add(pending, n, p.scale_log2);
-    fill(pending, p.nothing);
   }
 
   // The sinks: those of the batch row's far rows that the tile sees, by 64.
@@ -249,7 +242,7 @@ struct LseTile {
 };
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) lse_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kHeadDim == 64 ? 3 : 2) lse_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& s = *reinterpret_cast<typename LseTile<T, kHeadDim>::Shared*>(memory);
   LseTile<T, kHeadDim>(p, s, blockIdx.x / p.num_query_tiles, blockIdx.x % p.num_query_tiles).run();

@@ -77,10 +77,9 @@ struct MassTile {
       sum[row_of(product)] += weight(part, product);
     }
   }
-  __device__ __forceinline__ void add_pending(Part& pending) {
+  __device__ __forceinline__ void add(const Part& part) {
 #pragma unroll
-    for (int n = 0; n < kProducts; ++n) sum[row_of(n)] += weight(pending, n);
-    fill(pending.d, p.nothing);
+    for (int n = 0; n < kProducts; ++n) sum[row_of(n)] += weight(part, n);
   }
 
   __device__ void sum_over(int first_query, int last_query) {
@@ -107,9 +106,6 @@ struct MassTile {
     // By time: the position of this warp's first and last key, negative for carried ones.
     const int first_key = first + warp * kWarpRows, first_own = first_key - p.num_carried,
               last_own = first_own + kWarpRows - 1;
-    Part pending;  // logits whose weights are not added yet
-    fill(pending.d, p.nothing);
-    pending.shift[0] = pending.shift[1] = {0, 0};
 #pragma unroll
     for (int n = 0; n < kStages - 1; ++n) copy(n);
 #pragma unroll 1
@@ -131,39 +127,52 @@ struct MassTile {
       const bool is_plain = is_whole && first_position - last_own >= half_window &&
                             last_position - first_own < p.window_size && block_begin[last_column] <= first_key;
       if (is_plain) {
-        Part current;
+        Part parts[2];
+        R::multiply(parts[0].d, a, stage(n), 0, [](int) {});
 #pragma unroll
-        for (int part = 0; part < kBlockRows / kColumns; part += 2) {
-          load_shift(current, block_lse2 + part * kColumns);
-          R::multiply(current.d, a, stage(n), part, [&](int step) { add_share(pending, step); });
-          load_shift(pending, block_lse2 + (part + 1) * kColumns);
-          R::multiply(pending.d, a, stage(n), part + 1, [&](int step) { add_share(current, step); });
+        for (int part = 1; part < kBlockRows / kColumns; ++part) {
+          Part& before = parts[(part - 1) % 2];
+          load_shift(before, block_lse2 + (part - 1) * kColumns);
+          R::multiply(parts[part % 2].d, a, stage(n), part, [&](int step) { add_share(before, step); });
         }
+        load_shift(parts[1], block_lse2 + kBlockRows - kColumns);
+        add(parts[1]);
       } else {
 #pragma unroll 1
         for (int part = 0; part < kBlockRows / kColumns; ++part) {
-          add_pending(pending);
-          load_shift(pending, block_lse2 + part * kColumns);
-          R::multiply(pending.d, a, stage(n), part, [](int) {});
-          // Keys that a thread's columns weigh lie between `least` and `most`.
-          int least[4], most[4];
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int column = part * kColumns + c / 2 * 8 + warp_lane % 4 * 2 + c % 2,
-                      position = place.position + p.by_group(place.head + column), own = position + p.num_carried;
-            least[c] = max(block_begin[column], own - p.window_size + 1) - first_key - warp_lane / 4;
-            most[c] = position <= last_query ? own - half_window - first_key - warp_lane / 4 : INT32_MIN;
+          const int first_column = part * kColumns, end_column = min(first_column + kColumns, last_column + 1);
+          if (end_column <= first_column) break;
+          const int part_first = place.position + p.by_group(place.head + first_column),
+                    part_last = place.position + p.by_group(place.head + end_column - 1);
+          if (part_last - first_own < half_window || part_first - last_own >= p.window_size ||
+              block_begin[first_column] > first_key + kWarpRows - 1) {
+            continue;
           }
+          Part current;
+          load_shift(current, block_lse2 + first_column);
+          R::multiply(current.d, a, stage(n), part, [](int) {});
+          if (!(end_column == first_column + kColumns && part_first - last_own >= half_window &&
+                part_last - first_own < p.window_size && block_begin[end_column - 1] <= first_key)) {
+            // Keys that a thread's columns weigh lie between `least` and `most`.
+            int least[4], most[4];
 #pragma unroll
-          for (int product = 0; product < kProducts; ++product) {
-            const int key = row_of(product) / 2 * 16 + row_of(product) % 2 * 8, c = column_of(product);
-            float& x = pending.d[product / 8][product / 4 % 2][product % 4];
-            x = key >= least[c] && key <= most[c] ? x : p.nothing;
+            for (int c = 0; c < 4; ++c) {
+              const int column = first_column + c / 2 * 8 + warp_lane % 4 * 2 + c % 2,
+                        position = place.position + p.by_group(place.head + column), own = position + p.num_carried;
+              least[c] = max(block_begin[column], own - p.window_size + 1) - first_key - warp_lane / 4;
+              most[c] = position <= last_query ? own - half_window - first_key - warp_lane / 4 : INT32_MIN;
+            }
+#pragma unroll
+            for (int product = 0; product < kProducts; ++product) {
+              const int key = row_of(product) / 2 * 16 + row_of(product) % 2 * 8, c = column_of(product);
+              float& x = current.d[product / 8][product / 4 % 2][product % 4];
+              x = key >= least[c] && key <= most[c] ? x : p.nothing;
+            }
           }
+          add(current);
         }
       }
     }
-    add_pending(pending);
     ptx::copy_async_wait<0>();
   }
 
@@ -189,7 +198,7 @@ struct MassTile {
 };
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) mass_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kHeadDim == 64 ? 3 : 2) mass_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& s = *reinterpret_cast<typename MassTile<T, kHeadDim>::Shared*>(memory);
   MassTile<T, kHeadDim>(p, s, blockIdx.x / p.num_key_tiles, blockIdx.x % p.num_key_tiles).run();

@@ -16,6 +16,7 @@ namespace sparsek::cuda::mass {
 
 constexpr int kThreads = 128, kTileRows = 128, kWarpRows = kTileRows / (kThreads / 32);
 constexpr int kBlockRows = 64, kColumns = 16, kStages = 3;  // kColumns: rows of a block in one product
+constexpr float kLargestSum = 1e30f;  // of exponentials; beyond, a sum is taken again with a running maximum
 static_assert(kTileRows == 2 * kBlockRows && kStages >= 2);
 
 struct Problem {
@@ -60,10 +61,6 @@ struct Lane {
 using Products = float[2][2][4];
 constexpr int kProducts = 16;  // of a thread
 
-__device__ __forceinline__ void fill(Products& d, float x) {
-#pragma unroll
-  for (int n = 0; n < kProducts; ++n) d[n / 8][n / 4 % 2][n % 4] = x;
-}
 // The place of product n of a thread among its four rows, and among its four columns.
 __host__ __device__ constexpr int row_of(int n) { return n / 8 * 2 + n % 4 / 2; }
 __host__ __device__ constexpr int column_of(int n) { return n / 4 % 2 * 2 + n % 2; }
@@ -74,11 +71,18 @@ __device__ __forceinline__ float exp2_in_place(float x) {
   return y;
 }
 
-template <class T, int kHeadDim>
-struct Rows {
-  static constexpr int kPitch = kHeadDim * 2, kChunks = kHeadDim / 8, kAtOnce = kThreads / kChunks,
-                       kBytes = kBlockRows * kPitch, kSteps = kHeadDim / 16;
+// Copies of blocks of kRows rows into shared memory by kThreads_ threads. Rows lie behind each other, or (kPanelled, as
+// wgmma reads them) as panels of 64 elements of every row.
+template <class T, int kHeadDim, int kThreads_, int kRows, bool kPanelled>
+struct RowCopy {
+  static constexpr int kChunks = kHeadDim / 8, kAtOnce = kThreads_ / kChunks, kPitch = kPanelled ? 128 : kHeadDim * 2,
+                       kPanelBytes = kRows * 128, kBytes = kRows * kHeadDim * 2, kSteps = kHeadDim / 16;
   static_assert(kAtOnce % 8 == 0);  // all rows of a thread are exchanged alike
+
+  static __device__ __forceinline__ uint32_t place(uint32_t block, int row, int chunk) {
+    if constexpr (kPanelled) block += chunk / 8 * kPanelBytes, chunk %= 8;
+    return block + row * kPitch + ((chunk ^ (row & 7)) << 4);
+  }
 
   // Copies a block. A thread copies 16 bytes at the same column of every kAtOnce-th row, from its first_row() on.
   static __device__ __forceinline__ int first_row() {
@@ -90,9 +94,9 @@ struct Rows {
   template <class AddressOf>
   static __device__ __forceinline__ void copy(uint32_t block, AddressOf&& address_of) {
     const int first = first_row(), chunk = threadIdx.x % kChunks;
-    const uint32_t to = block + first * kPitch + ((chunk ^ (first & 7)) << 4);
+    const uint32_t to = place(block, first, chunk);
 #pragma unroll 2
-    for (int n = 0; n < kBlockRows / kAtOnce; ++n) {
+    for (int n = 0; n < kRows / kAtOnce; ++n) {
       const T* const from = address_of(first + n * kAtOnce);
       ptx::copy_async_16(to + n * kAtOnce * kPitch, from + chunk * 8, from != nullptr);
     }
@@ -102,14 +106,14 @@ struct Rows {
   static __device__ __forceinline__ void copy_steps(uint32_t block, int first, const T* from, int64_t step, int begin,
                                                     int end) {
     const int chunk = threadIdx.x % kChunks;
-    const uint32_t to = block + first * kPitch + ((chunk ^ (first & 7)) << 4);
+    const uint32_t to = place(block, first, chunk);
     from += chunk * 8;
-    if (begin <= 0 && end >= kBlockRows) {
+    if (begin <= 0 && end >= kRows) {
 #pragma unroll
-      for (int n = 0; n < kBlockRows / kAtOnce; ++n, from += step) ptx::copy_async_16(to + n * kAtOnce * kPitch, from);
+      for (int n = 0; n < kRows / kAtOnce; ++n, from += step) ptx::copy_async_16(to + n * kAtOnce * kPitch, from);
     } else {
 #pragma unroll 2
-      for (int n = 0; n < kBlockRows / kAtOnce; ++n, from += step) {
+      for (int n = 0; n < kRows / kAtOnce; ++n, from += step) {
         const int row = first + n * kAtOnce;
         ptx::copy_async_16(to + n * kAtOnce * kPitch, from, row >= begin && row < end);
       }
@@ -133,6 +137,11 @@ struct Rows {
       });
     }
   }
+};
+
+template <class T, int kHeadDim>
+struct Rows : RowCopy<T, kHeadDim, kThreads, kBlockRows, false> {
+  static constexpr int kPitch = kHeadDim * 2, kSteps = kHeadDim / 16;
 
   // This warp's rows of a tile that lies in two blocks.
   static __device__ __forceinline__ void load_tile(uint32_t (&a)[2][kSteps][4], uint32_t blocks) {
@@ -156,7 +165,8 @@ struct Rows {
     const int lane = threadIdx.x % 32, row = (lane & 7) + (lane >> 4) * 8;
     uint32_t from = block + (part * kColumns + row) * kPitch + ((((lane >> 3) & 1) ^ (row & 7)) << 4);
     asm volatile("" : "+r"(from));  // else the compiler keeps the addresses of all steps in registers
-    fill(d, 0);
+#pragma unroll
+    for (int n = 0; n < kProducts; ++n) d[n / 8][n / 4 % 2][n % 4] = 0;
     uint32_t b[2][4];
     ptx::load_matrix_x4(b[0], from);
 #pragma unroll

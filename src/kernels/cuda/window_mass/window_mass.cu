@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/sm90/window_mass/launch.h"
 #include "kernels/cuda/window_mass/lse_kernel.cuh"
 #include "kernels/cuda/window_mass/mass_kernel.cuh"
 #include "kernels/cuda/window_mass/window_mass.h"
@@ -108,7 +109,7 @@ int64_t window_mass_workspace_bytes(const WindowMassParams& params) {
   return carve(params, nullptr, problem);
 }
 
-void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t stream) {
+void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t stream, KernelChoice choice) {
   assert(params.dtype == DType::kBF16 || params.dtype == DType::kF16);
   assert(params.head_dim == 64 || params.head_dim == 128);
   assert(params.num_heads / params.num_kv_heads <= 64);
@@ -116,7 +117,9 @@ void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t s
   const Problem p = describe(params, workspace);
   far_rows_kernel<<<static_cast<unsigned>(p.batch), kListThreads, 0, stream>>>(p);
   check_cuda(cudaGetLastError(), "window_mass");
-  if (params.dtype == DType::kBF16)
+  if (choice == KernelChoice::kSm90)
+    mass::sm90::run(p, params.dtype, params.head_dim, stream);
+  else if (params.dtype == DType::kBF16)
     params.head_dim == 64 ? run<__nv_bfloat16, 64>(p, stream) : run<__nv_bfloat16, 128>(p, stream);
   else
     params.head_dim == 64 ? run<__half, 64>(p, stream) : run<__half, 128>(p, stream);

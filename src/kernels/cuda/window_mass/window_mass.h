@@ -2,14 +2,17 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/kernel_choice.h"
 #include "kernels/params.h"
 
 namespace sparsek::cuda {
 
 // bfloat16 or float16, head_dim 64 or 128, num_heads / num_kv_heads at most 64, rows of q and k 16-byte aligned; mass
 // and mass_in float32. window_begin is clamped to [0, the query's own row]; rows that no query sees are not used
-// (NaN too). Bit-identical from run to run. The workspace may hold anything.
+// (NaN too). Bit-identical from run to run. The workspace may hold anything. mma.sync multiplies, or wgmma where
+// `choice` is kSm90: not the automatic choice before it has run on a device (docs/decisions/gpu-rows-and-scores.md).
 int64_t window_mass_workspace_bytes(const WindowMassParams& params);
-void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t stream);
+void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t stream,
+                 KernelChoice choice = KernelChoice::kAutomatic);
 
 }  // namespace sparsek::cuda
