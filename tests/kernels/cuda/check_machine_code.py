@@ -13,8 +13,8 @@ import sys
 
 # Kernels (of functions whose name matches) and the instruction without which they would be on a slower path.
 MATRIX_KERNELS = [
-    (re.compile(r"sm90.*attention_(fwd|bwd|bwd_dq)_kernel|^attention_(fwd|bwd|bwd_dq)_kernel"), "HGMMA"),
-    (re.compile(r"portable.*attention.*kernel|window_mass.*kernel|decode::attend_kernel"), "HMMA"),
+    (re.compile(r"sm90::(attention_(fwd|bwd|bwd_dq)|window_(lse|mass))_kernel"), "HGMMA"),
+    (re.compile(r"portable::.*attention.*kernel|^mass::(lse|mass)_kernel|decode::attend_kernel"), "HMMA"),
 ]
 # The slowest file should compile in a minute on one core; the margin is for machines that do other work meanwhile.
 MAX_SECONDS_A_FILE, MAX_SECONDS = 100, 480

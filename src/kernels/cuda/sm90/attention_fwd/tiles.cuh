@@ -147,10 +147,12 @@ struct Builder {
           const int where = kind == 0   ? at[0] + __popc(votes[0] & before)
                             : kind == 1 ? at[1] + __popc(votes[1] & before)
                                         : at[2] + __popc(votes[2] & before);
-          s.row[buffer][where] = x.x;
-          const int begin = max(0, x.y - t.first);
-          s.interval[buffer][where] = static_cast<uint16_t>(begin | (min(255, x.z - t.first) - begin) << 8);
-          if (kSoft) s.u[buffer][where] = __int_as_float(x.w);
+          if (where < SharedType::kMaxUnion) {
+            s.row[buffer][where] = x.x;
+            const int begin = max(0, x.y - t.first);
+            s.interval[buffer][where] = static_cast<uint16_t>(begin | (min(255, x.z - t.first) - begin) << 8);
+            if (kSoft) s.u[buffer][where] = __int_as_float(x.w);
+          }
         }
 #pragma unroll
         for (int kind = 0; kind < 3; ++kind) at[kind] += __popc(votes[kind]);
@@ -165,7 +167,8 @@ struct Builder {
 #pragma unroll
         for (int kind = 0; kind < 3; ++kind) {
           at[kind] = total + (warp == 1 ? s.warp_count[0][kind] : 0);
-          total += s.warp_count[0][kind] + s.warp_count[1][kind];
+          // More than the caller's max_far promised (a selection that was not made with this topk) stays unseen.
+          total = min(total + s.warp_count[0][kind] + s.warp_count[1][kind], SharedType::kMaxUnion);
           if (warp == 0 && lane == 0) (kind == 0 ? s.num_plain : kind == 1 ? s.num_full : s.num_far)[buffer] = total;
         }
       }
