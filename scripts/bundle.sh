@@ -12,14 +12,15 @@ for argument in "$@"; do
     *) output=$argument ;;
   esac
 done
-packages=(libfmt-dev nlohmann-json3-dev libcli11-dev libpcre2-dev libutf8proc-dev zlib1g-dev libgtest-dev libgmock-dev)
+packages=(libfmt-dev nlohmann-json3-dev libcli11-dev libtomlplusplus-dev libpcre2-dev libutf8proc-dev zlib1g-dev libgtest-dev
+          libgmock-dev)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bundle=$work/sparsek-bundle
 mkdir -p "$bundle"/{include,lib,licenses}
 
 include=/usr/include lib=$(pkg-config --variable=libdir libpcre2-8)
-cp -r "$include"/{fmt,nlohmann,CLI,gtest,gmock} "$bundle/include/"
+cp -r "$include"/{fmt,nlohmann,CLI,toml++,gtest,gmock} "$bundle/include/"
 cp "$include"/{pcre2.h,utf8proc.h,zlib.h,zconf.h} "$bundle/include/"
 cp "$lib"/{libpcre2-8.a,libutf8proc.a,libz.a,libgtest.a,libgtest_main.a,libgmock.a} "$bundle/lib/"
 for package in "${packages[@]}"; do cp -L "/usr/share/doc/$package/copyright" "$bundle/licenses/$package"; done

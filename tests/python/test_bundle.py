@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Under /usr/include and the library folder: what the bundle replaces.
-HEADERS = ("fmt", "nlohmann", "CLI", "gtest", "gmock", "pcre2.h", "utf8proc.h", "zlib.h", "zconf.h")
+HEADERS = ("fmt", "nlohmann", "CLI", "toml++", "gtest", "gmock", "pcre2.h", "utf8proc.h", "zlib.h", "zconf.h")
 LIBRARIES = ("libfmt.*", "libpcre2-8.*", "libutf8proc.*", "libz.a", "libgtest*", "libgmock*")
 
 
@@ -65,7 +65,7 @@ def test_builds_without_the_packages(bundle: pathlib.Path, tmp_path: pathlib.Pat
     done(*alone, "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DSPARSEK_BUNDLE={bundle}",
          f"-DSPARSEK_PYTHON={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug", cwd=tmp_path)  # fmt: skip
     # Between them they use every package but gmock's headers.
-    targets = ("data_test", "src/cli/CMakeFiles/sparsek.dir/arguments.cc.o")
+    targets = ("data_test", "src/cli/CMakeFiles/sparsek.dir/arguments.cc.o", "src/train/CMakeFiles/sparsek_train.dir/config_toml.cc.o")
     compiled = os.environ | {"CCACHE_DISABLE": "1"}  # a cache's answer may come from files that are not here
     done(*alone, "ninja", "-C", build, "-j", os.cpu_count(), *targets, env=compiled)
     done(*alone, build / "tests/data/data_test")
