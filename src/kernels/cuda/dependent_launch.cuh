@@ -1,5 +1,5 @@
-// Launches that may overlap the end of the kernel before them in the stream (compute capability 9.0; before that they
-// are plain launches).
+// Launches that may overlap the end of the kernel before them in the stream, on compute capability 9.0. Elsewhere they
+// are plain launches: later devices too run code of compute capability 8.0, which waits for nothing.
 //
 // A kernel launched by launch_behind calls wait_for_previous_kernel() before it reads what earlier kernels wrote or
 // writes what they read: it returns when the kernel before it has ended. That one waited likewise, so everything
@@ -8,6 +8,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/kernel_choice.h"
 #include "kernels/cuda/launch.h"
 
 namespace sparsek::cuda {
@@ -26,9 +27,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 template <class... Params, class... Arguments>
 void launch_behind(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  int device = 0, major = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   if (shared_bytes > 48 * 1024) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
@@ -39,7 +37,7 @@ void launch_behind(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = compute_capability() == 90 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...), "cudaLaunchKernelEx");
 }
 
