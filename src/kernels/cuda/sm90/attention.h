@@ -1,5 +1,5 @@
 // The Hopper set of attention's kernels; kernels/cuda/attention.h chooses between it and the portable one. Eq. 7-9 and
-// section 5 of docs/math.md, head_dim 128, bfloat16; scores, tau, softmax_lse and dscores float32.
+// section 5 of docs/math.md, head_dim 64 or 128, bfloat16 or float16; scores, tau, softmax_lse and dscores float32.
 #pragma once
 #include <cuda_runtime_api.h>
 
