@@ -1,6 +1,7 @@
 """libsparsek_ops_cuda.so without a GPU: what it names, what it needs, and what a call says where it is missing."""
 
 import ctypes
+import os
 import pathlib
 import re
 import subprocess
@@ -99,6 +100,45 @@ def test_a_call_says_what_is_missing() -> None:
     """A torch with CUDA and no libsparsek_ops_cuda.so: the CPU works, a call on a GPU names the file and how to get it."""
     said = output(sys.executable, "-c", MISSING, ROOT / "python/sparsek/_library.py")
     assert said.count("libnowhere.so was not found (looked at ") == 2 and said.count("`make cuda`") == 2, said
+
+
+ON_THE_CPU = """
+import ctypes, importlib.util, sys
+import torch
+spec = importlib.util.spec_from_file_location("_library", sys.argv[1])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+library.load()
+ctypes.CDLL(sys.argv[2])
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+scores, heads = torch.randn(1, 9, 1), torch.rand(1)
+q, state, lengths = torch.zeros(1, 1, 2, 64).bfloat16(), torch.zeros(1, 2, 5, 64).bfloat16(), torch.zeros(1).long()
+slots, pool = torch.zeros(1, 2, 2), torch.zeros(1, 2, 1024)
+decode = (q, q, q, torch.zeros(1, 1, 2), state, state, None, torch.zeros(1, 2, 3), None, slots, slots.long(), pool, lengths)
+for name, arguments, keywords in (
+    ("select", (scores,), dict(topk=2, window_size=3)),
+    ("normalise_scores", (scores, heads, heads, heads), {}),
+    ("sparsek_backward", (scores, scores), {}),
+    ("decode_step", decode, dict(topk=2, window_size=3)),
+):
+    try:
+        getattr(torch.ops.sparsek, name).default.redispatch(key, *arguments, **keywords)
+    except ValueError as error:
+        print(name + ": " + str(error).splitlines()[0])
+"""
+
+
+@built
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_tensors_on_the_cpu_are_refused_by_name() -> None:
+    """As where only some of a call's tensors are on a GPU. The stand-in for libtorch_cuda.so serves: nothing is launched."""
+    command = [sys.executable, "-c", ON_THE_CPU, ROOT / "python/sparsek/_library.py", LIBRARY]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(LIBRARY.parent / "stub")}
+    said = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    assert said.returncode == 0, said.stderr
+    first = {"select": "scores", "normalise_scores": "raw", "sparsek_backward": "p", "decode_step": "q"}
+    text = "{}: {} must be on a GPU like other tensors of this call, got cpu"
+    assert said.stdout.splitlines() == [text.format(*pair) for pair in first.items()]
 
 
 def test_every_cuda_operation_is_listed() -> None:

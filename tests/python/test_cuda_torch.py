@@ -356,3 +356,17 @@ def test_bad_inputs_of_the_parts() -> None:
         ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords, max_far=4, far_lists=lists[:7])
     with pytest.raises(ValueError, match="max_far, the most far rows that a query sees, must be given"):
         ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords)
+    with pytest.raises(ValueError, match=re.escape("max_far must be between 0 and 2^30, got -1")):
+        ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords, max_far=-1)
+    with pytest.raises(ValueError, match="batch times num_kv_heads must be at most 65535 on a GPU"):
+        sparsek.select(torch.zeros(32768, 1, 2, device=DEVICE), topk=4, window_size=5)
+    with pytest.raises(ValueError, match="raw must be on a GPU like other tensors of this call, got cpu"):
+        sparsek.normalise_scores(x.scores.cpu(), *(torch.rand(2, device=DEVICE) for _ in range(3)))
+    sizes = dict(batch=1, num_kv_heads=2, head_dim=128, topk=4, window_size=5)
+    state = sparsek.new_state(**sizes, dtype=BF16, device=DEVICE)
+    odd = torch.zeros(state.k.numel() + 1, dtype=BF16, device=DEVICE)[1:].view(state.k.shape)
+    token = x.slice(0, 1)
+    with pytest.raises(ValueError, match="state_k must have rows that lie at multiples of 16 bytes"):
+        sparsek.decode_step(
+            token.q, token.k, token.v, token.scores, state._replace(k=odd), topk=4, window_size=5
+        )

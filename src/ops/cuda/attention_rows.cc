@@ -74,6 +74,7 @@ struct Rows {
                 shape_text(q));
     check_value(num_kv_heads >= 1 && num_heads % num_kv_heads == 0,
                 "num_heads must be a multiple of num_kv_heads, got ", num_heads, " and ", num_kv_heads);
+    check_lanes(like, batch, num_kv_heads);
     check_heads("q", q, false);
     check_heads("k", k, true);
     check_heads("v", v, true);
@@ -130,6 +131,7 @@ struct Lists {
   Lists(const Rows& rows, std::optional<int64_t> max_far, const MaybeTensor& far_lists, const OnDevice& here) {
     check_value(max_far.has_value(), "max_far, the most far rows that a query sees, must be given on a GPU");
     const int chunk = sparsek::cuda::attention_chunk(static_cast<int>(rows.num_heads / rows.num_kv_heads));
+    check_value(*max_far >= 0 && *max_far <= int64_t{1} << 30, "max_far must be between 0 and 2^30, got ", *max_far);
     const FarLists sizes(rows.batch * rows.num_kv_heads, rows.seqlen_q, rows.seqlen_k, *max_far, chunk);
     if (given(far_lists) && far_lists->numel() > 0) {
       check_tensor({"far_lists", *far_lists, "[size]"}, {far_lists->numel()}, ScalarType::Int, {"q", rows.q, kQueries});
@@ -144,18 +146,12 @@ struct Lists {
   }
 };
 
-void check_max_far(const Rows& rows, std::optional<int64_t> max_far, sparsek::cuda::KernelSet set, bool forward_only) {
-  const int group = static_cast<int>(rows.num_heads / rows.num_kv_heads);
-  const int most = sparsek::cuda::attention_max_far(set, group, forward_only);
-  check_value(max_far.value_or(0) <= most, "topk + num_sinks must be at most ", most, " on this GPU, got ",
-              max_far.value_or(0));
-}
-
 Tensors2 attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& q_far,
                         const MaybeTensor& k_far, const Tensor& row_scores, const Tensor& tau,
                         const Tensor& window_begin, const Tensor& far_begin, const Tensor& far_end,
                         const Tensor& frac_begin, const Tensor& frac_end, Gate gate, double softmax_scale,
                         bool deterministic, std::optional<int64_t> max_far, const MaybeTensor& far_lists) {
+  check_on_gpu({"q", q, kQueries});
   const OnDevice here(q);
   Rows rows(q, k, v, q_far, k_far, row_scores, tau, window_begin, far_begin, far_end, frac_begin, frac_end, gate,
             softmax_scale);
@@ -164,7 +160,6 @@ Tensors2 attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, const
   rows.params.out = out.mutable_data_ptr();
   rows.params.softmax_lse = softmax_lse.mutable_data_ptr();
   const Lists lists(rows, max_far, far_lists, here);
-  check_max_far(rows, max_far, sparsek::cuda::attention_kernel_set(rows.params, lists.lists), !rows.far);
   sparsek::cuda::attention_forward(rows.params, lists.lists, here.stream());
   return {out, softmax_lse};
 }
@@ -176,6 +171,7 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
                             const Tensor& frac_end, const Tensor& out, const Tensor& softmax_lse, Gate gate,
                             double softmax_scale, bool deterministic, std::optional<int64_t> max_far,
                             const MaybeTensor& far_lists) {
+  check_on_gpu({"q", q, kQueries});
   const OnDevice here(q);
   Rows rows(q, k, v, q_far, k_far, row_scores, tau, window_begin, far_begin, far_end, frac_begin, frac_end, gate,
             softmax_scale);
@@ -216,7 +212,6 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
   params.num_pool_rows = checked_int32("pool rows", rows.num_pool_rows);
   params.deterministic = deterministic;
   const Lists lists(rows, max_far, far_lists, here);
-  check_max_far(rows, max_far, sparsek::cuda::attention_backward_kernel_set(params, lists.lists), false);
   const Tensor workspace = here.workspace(sparsek::cuda::attention_backward_workspace_bytes(params, lists.lists));
   sparsek::cuda::attention_backward(params, lists.lists, workspace.mutable_data_ptr(), here.stream());
   return {dq, dk, dv, dq_far, dk_far, dscores};

@@ -28,6 +28,7 @@ void check_dtype(const Argument& argument, ScalarType wanted) {
 }
 
 void check_device(const Argument& argument, const Argument& like) {
+  check_on_gpu(like);
   check_value(argument.tensor.is_cuda() && argument.tensor.get_device_index() == like.tensor.get_device_index(),
               argument.name, " must be on ", device_text(like.tensor), " like ", like.name, ", got ",
               device_text(argument.tensor));
@@ -46,6 +47,18 @@ std::string strides_text(const Tensor& tensor) {
 void check_ndim(const Argument& argument, int64_t ndim) {
   check_value(argument.tensor.dim() == ndim, argument.name, " must be ", argument.layout, " (", ndim,
               " dimensions), got ", shape_text(argument.tensor));
+}
+
+void check_on_gpu(const Argument& argument) {
+  check_value(argument.tensor.is_cuda(), argument.name, " must be on a GPU like other tensors of this call, got ",
+              device_text(argument.tensor));
+}
+
+void check_lanes(const Argument& argument, int64_t batch, int64_t num_kv_heads) {
+  constexpr int64_t kMaxLanes = 65535;
+  check_value(batch <= kMaxLanes && num_kv_heads <= kMaxLanes && batch * num_kv_heads <= kMaxLanes,
+              "batch times num_kv_heads must be at most ", kMaxLanes, " on a GPU, got ", argument.name, " with ", batch,
+              " and ", num_kv_heads);
 }
 
 void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
@@ -95,6 +108,8 @@ void check_scores(const char* name, const Tensor& scores) {
   check_value(scores.numel() > 0, name, " must have at least one batch row, position and head, got ",
               shape_text(scores));
   check_value(scores.size(1) <= kMaxLength, name, " must have at most 2^30 positions, got ", shape_text(scores));
+  check_on_gpu(argument);
+  check_lanes(argument, scores.size(0), scores.size(2));
 }
 
 void check_window(int64_t window_size, int64_t num_sinks) {

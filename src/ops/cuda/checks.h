@@ -30,6 +30,10 @@ std::string shape_text(const Tensor& tensor);
 std::string strides_text(const Tensor& tensor);
 
 void check_ndim(const Argument& argument, int64_t ndim);
+// A call comes here when any of its tensors is on a GPU: the one that says where the others are to be must be, too.
+void check_on_gpu(const Argument& argument);
+// Launches count them in a dimension of 16 bits.
+void check_lanes(const Argument& argument, int64_t batch, int64_t num_kv_heads);
 // ndim, dtype, device, shape.
 void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
                   const Argument& like);
@@ -39,7 +43,7 @@ void check_rows_of_16_bytes(const Argument& argument);
 // The strides of such a tensor; where there is a single entry, one that the copy engine takes.
 Strides row_strides(const Tensor& tensor);
 
-// [batch, seqlen, num_kv_heads] float32.
+// [batch, seqlen, num_kv_heads] float32 on a GPU.
 void check_scores(const char* name, const Tensor& scores);
 void check_window(int64_t window_size, int64_t num_sinks);
 // Throws unless 1 <= topk and pool_size is absent, 0 or larger; returns the pool size in force.

@@ -52,14 +52,18 @@ Tensor decode_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     check_tensor({name, tensor, layout}, sizes, element, like);
     check_contiguous({name, tensor, layout});
   };
+  // Their rows are read and written 16 bytes at a time.
+  const auto check_rows_state = [&](const char* name, const Tensor& tensor, const char* layout, int64_t count) {
+    check_state(name, tensor, layout, {batch, heads, count, head_dim}, q.scalar_type());
+    check_rows_of_16_bytes({name, tensor, layout});
+  };
   const char* rows_layout = "[batch, num_kv_heads, num_sinks + window_size + topk, head_dim]";
   const char* ring_layout = "[batch, num_kv_heads, window_size]";
-  check_state("state_k", state_k, rows_layout, {batch, heads, rows, head_dim}, q.scalar_type());
-  check_state("state_v", state_v, rows_layout, {batch, heads, rows, head_dim}, q.scalar_type());
+  check_rows_state("state_k", state_k, rows_layout, rows);
+  check_rows_state("state_v", state_v, rows_layout, rows);
   check_value(given(ring_k) == far, "ring_k must be given exactly with q_far and k_far, got ", far ? "none" : "one");
   if (far) {
-    check_state("ring_k", *ring_k, "[batch, num_kv_heads, window_size, head_dim]",
-                {batch, heads, window_size, head_dim}, q.scalar_type());
+    check_rows_state("ring_k", *ring_k, "[batch, num_kv_heads, window_size, head_dim]", window_size);
   }
   check_state("ring_scores", ring_scores, ring_layout, {batch, heads, window_size}, ScalarType::Float);
   if (given(ring_mass)) {

@@ -71,6 +71,7 @@ Tensors8 chunk_visibility(const Tensor& lengths, const Tensor& slot_expiry, cons
   const int64_t topk = new_slot_source.size(2), pool = pool_frac_begin.size(2);
   const int64_t carried = topk + num_sinks + window_size, rows = carried + chunk;
   const Argument like{"arrival_expiry", arrival_expiry, ""};
+  check_lanes(like, batch, heads);
   const auto check = [&](const char* name, const Tensor& tensor, int64_t size) {
     const Argument argument{name, tensor, "[batch, num_kv_heads, size]"};
     check_tensor(argument, {batch, heads, size}, ScalarType::Int, like);
@@ -131,6 +132,8 @@ Tensors4 window_rows(const Tensor& q, const MaybeTensor& lengths, const MaybeTen
   const Argument like{"q", q, "[batch, seqlen, num_heads, head_dim]"};
   check_ndim(like, 4);
   const int64_t batch = q.size(0), seqlen = q.size(1);
+  check_on_gpu(like);
+  check_lanes(like, batch, 1);
   if (given(lengths)) {
     check_tensor({"lengths", *lengths, "[batch]"}, {batch}, ScalarType::Long, like);
     check_contiguous({"lengths", *lengths, "[batch]"});

@@ -57,6 +57,7 @@ struct Normalise {
 
 Tensors2 normalise_scores(const Tensor& raw, const Tensor& beta, const Tensor& gamma, const Tensor& slope,
                           const MaybeTensor& stats, const MaybeTensor& cu_seqlens, bool timestep_norm) {
+  check_scores("raw", raw);
   const OnDevice here(raw);
   Normalise normalise(raw, beta, gamma, slope, stats, cu_seqlens, timestep_norm);
   const int64_t batch = normalise.batch, seqlen = normalise.seqlen, heads = normalise.heads;
@@ -74,6 +75,7 @@ Tensors2 normalise_scores(const Tensor& raw, const Tensor& beta, const Tensor& g
 Tensors5 normalise_scores_backward(const MaybeTensor& dscores, const MaybeTensor& dstats, const Tensor& raw,
                                    const Tensor& beta, const Tensor& gamma, const Tensor& slope,
                                    const MaybeTensor& stats, const MaybeTensor& cu_seqlens, bool timestep_norm) {
+  check_scores("raw", raw);
   const OnDevice here(raw);
   const Normalise normalise(raw, beta, gamma, slope, stats, cu_seqlens, timestep_norm);
   const int64_t batch = normalise.batch, seqlen = normalise.seqlen, heads = normalise.heads;
@@ -135,10 +137,13 @@ Tensor project(const Tensor& z, int64_t k) {
 }
 
 Tensor project_backward(const Tensor& dp, const Tensor& p) {
+  check_on_gpu({"p", p, ""});
   check_value(p.dim() >= 1, "p must be [..., columns], got a scalar");
   const DType dtype = check_float("p", p);
-  check_value(dp.scalar_type() == p.scalar_type() && dp.is_cuda() && shape_text(dp) == shape_text(p),
-              "dp must be like p = ", shape_text(p), ", got ", shape_text(dp));
+  check_value(dp.scalar_type() == p.scalar_type() && dp.is_cuda() && dp.get_device_index() == p.get_device_index() &&
+                  shape_text(dp) == shape_text(p),
+              "dp must be like p, on its GPU, ", toString(p.scalar_type()), " ", shape_text(p), ", got ",
+              toString(dp.scalar_type()), " ", shape_text(dp), " on ", dp.is_cuda() ? "a GPU" : "the CPU");
   const OnDevice here(p);
   const Tensor gradients = as_contiguous(dp), values = as_contiguous(p);
   const Tensor dz = torch::stable::empty_like(values);
