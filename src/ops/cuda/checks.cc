@@ -8,18 +8,16 @@ namespace {
 
 constexpr int64_t kMaxLength = int64_t{1} << 30;  // sums of two lengths stay inside 32 bits
 
-template <class List>
-std::string list_text(const List& values) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < values.size(); ++i) text << (i > 0 ? ", " : "") << values.begin()[i];
-  text << ']';
-  return text.str();
+struct DeviceText {
+  const Tensor& tensor;
+};
+std::ostream& operator<<(std::ostream& stream, const DeviceText& device) {
+  if (device.tensor.is_cpu()) return stream << "cpu";
+  return stream << (device.tensor.is_cuda() ? "cuda:" : "device ") << int{device.tensor.get_device_index()};
 }
 
-std::string device_text(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+DeviceText device_text(const Tensor& tensor) {
+  return {tensor};
 }
 
 void check_dtype(const Argument& argument, ScalarType wanted) {
@@ -36,12 +34,18 @@ void check_device(const Argument& argument, const Argument& like) {
 
 }  // namespace
 
-std::string shape_text(const Tensor& tensor) {
-  return list_text(tensor.sizes());
+std::ostream& operator<<(std::ostream& stream, const ListText& list) {
+  stream << '[';
+  for (size_t i = 0; i < list.size; ++i) stream << (i > 0 ? ", " : "") << list.values[i];
+  return stream << ']';
 }
 
-std::string strides_text(const Tensor& tensor) {
-  return list_text(tensor.strides());
+ListText shape_text(const Tensor& tensor) {
+  return {tensor.sizes().data(), tensor.sizes().size()};
+}
+
+ListText strides_text(const Tensor& tensor) {
+  return {tensor.strides().data(), tensor.strides().size()};
 }
 
 void check_ndim(const Argument& argument, int64_t ndim) {
@@ -68,7 +72,7 @@ void check_tensor(const Argument& argument, std::initializer_list<int64_t> wante
   check_device(argument, like);
   const auto sizes = argument.tensor.sizes();
   check_value(std::equal(wanted.begin(), wanted.end(), sizes.begin()), argument.name, " must be ", argument.layout,
-              " = ", list_text(wanted), ", got ", list_text(sizes));
+              " = ", ListText{wanted.begin(), wanted.size()}, ", got ", shape_text(argument.tensor));
 }
 
 void check_contiguous(const Argument& argument) {

@@ -3,9 +3,9 @@
 // dtypes are ValueErrors here too (the composites of src/ops have raised TypeErrors before). Values that live on the
 // GPU are not looked at: that would stall the stream.
 #pragma once
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "ops/cuda/tensors.h"
 
@@ -26,8 +26,14 @@ struct Argument {
   const char* layout;
 };
 
-std::string shape_text(const Tensor& tensor);
-std::string strides_text(const Tensor& tensor);
+// A tensor's sizes or strides, for a message. Made into text only when there is one: a call checks dozens of times.
+struct ListText {
+  const int64_t* values;
+  size_t size;
+};
+std::ostream& operator<<(std::ostream& stream, const ListText& list);
+ListText shape_text(const Tensor& tensor);
+ListText strides_text(const Tensor& tensor);
 
 void check_ndim(const Argument& argument, int64_t ndim);
 // A call comes here when any of its tensors is on a GPU: the one that says where the others are to be must be, too.

@@ -1,6 +1,8 @@
 // normalise_scores (eq. 1) and sparsek (eq. 2) on the GPU, with their gradients.
 #include "kernels/cuda/scores/scores.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/sparsek/sparsek.h"
 #include "ops/cuda/checks.h"
 
@@ -141,7 +143,7 @@ Tensor project_backward(const Tensor& dp, const Tensor& p) {
   check_value(p.dim() >= 1, "p must be [..., columns], got a scalar");
   const DType dtype = check_float("p", p);
   check_value(dp.scalar_type() == p.scalar_type() && dp.is_cuda() && dp.get_device_index() == p.get_device_index() &&
-                  shape_text(dp) == shape_text(p),
+                  std::ranges::equal(dp.sizes(), p.sizes()),
               "dp must be like p, on its GPU, ", toString(p.scalar_type()), " ", shape_text(p), ", got ",
               toString(dp.scalar_type()), " ", shape_text(dp), " on ", dp.is_cuda() ? "a GPU" : "the CPU");
   const OnDevice here(p);
