@@ -83,6 +83,7 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
     throw;
   }
   std::vector<int64_t> all = steps();
+  for (; all.back() > step; all.pop_back()) remove_folder(path_of(all.back()));
   while (static_cast<int64_t>(all.size()) > keep) {
     remove_folder(path_of(all.front()));
     all.erase(all.begin());

@@ -22,7 +22,8 @@ class CheckpointFolder {
   std::vector<int64_t> steps() const;  // ascending
   std::string path_of(int64_t step) const;
 
-  // Throws WriteError when the disk is full; what was saved before stays. Then keeps the newest `keep`.
+  // Throws WriteError when the disk is full; what was saved before stays. Then keeps the newest `keep`, and none of a
+  // later step: those are of a run that was given up for an older checkpoint.
   void save(int64_t step, const nlohmann::json& state, const NamedTensors& tensors, int64_t keep);
   // Throws DataError naming the damaged file, its hash and the checkpoint before it.
   Checkpoint load(int64_t step) const;

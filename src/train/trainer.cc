@@ -55,6 +55,11 @@ class Carried {
   void detach() {
     for (LayerState& state : states_) state = detached(state);
   }
+  // As if a document began in every row: NaN that a state took up would stay until its document ends.
+  void forget() {
+    states_ = fresh_;
+    std::fill(positions_.begin(), positions_.end(), 0);
+  }
 
   void save(const std::string& name, NamedTensors& tensors, nlohmann::json& state) const {
     state[name] = positions_;
@@ -65,9 +70,13 @@ class Carried {
       }
     }
   }
-  void load(const std::string& name, const Checkpoint& from) {
+  void load(const std::string& name, const Checkpoint& from, int64_t rows) {
     positions_ = from.state.at(name).get<std::vector<int64_t>>();
     if (positions_.empty()) return;
+    if (static_cast<int64_t>(positions_.size()) != rows) {
+      throw_field("data.batch", "expected {} as in the checkpoint, whose rows are in the middle of documents, found {}",
+                  positions_.size(), rows);
+    }
     const at::NoGradGuard no_grad;
     fresh_ = network_.new_states(static_cast<int64_t>(positions_.size()));
     states_ = fresh_;
@@ -123,10 +132,13 @@ class Run {
         carried_(session_.network) {
     if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
     const int64_t vocab_size = session_.network.config().vocab_size;
-    if (train_->vocab_size() > vocab_size) {
-      throw_data("data: expected ids below the model's vocabulary of {}, found a vocabulary of {}", vocab_size,
-                 train_->vocab_size());
-    }
+    const auto check_vocabulary = [&](const char* what, const BatchSource& source) {
+      if (source.vocab_size() <= vocab_size) return;
+      throw_data("{}: expected ids below the model's vocabulary of {}, found a vocabulary of {}", what, vocab_size,
+                 source.vocab_size());
+    };
+    check_vocabulary("data", *train_);
+    check_vocabulary("data.validation", *validation_);
   }
 
   TrainResult operator()(const Resume& resume) {
@@ -233,7 +245,11 @@ class Run {
     report.kl = kl.item<double>() * scale;
     const Optimiser::Step applied = optimiser_.apply(step_, std::isfinite(report.loss) && std::isfinite(report.kl));
     was_applied_ = applied.was_applied;
-    if (!was_applied_) ++skipped_;
+    if (!was_applied_) {
+      ++skipped_;
+      carried_.forget();
+      if (teacher_carried_) teacher_carried_->forget();
+    }
     ++step_;
     report.step = step_;
     report.steps = config_.run.steps;
@@ -329,8 +345,8 @@ class Run {
       optimiser_.set_num_applied(checkpoint.state.at("applied").get<int64_t>());
       train_->seek(checkpoint.state.at("data").get<std::string>());
       if (config_.recurrent.chunk > 0) {
-        carried_.load("carried", checkpoint);
-        if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint);
+        carried_.load("carried", checkpoint, config_.data.batch);
+        if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint, config_.data.batch);
       }
       report_changes(checkpoint.state.at("config").get<std::string>());
     } catch (const nlohmann::json::exception& error) {

@@ -172,6 +172,27 @@ TEST(Trainer, KeepsTheNewest) {
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.file("run/checkpoints")), {}), 2);
 }
 
+// A run that went back: what it saves is the newest, whatever the run that was given up had saved.
+TEST(Trainer, GoingBackGivesUpLaterCheckpoints) {
+  const TemporaryFolder folder;
+  const CheckpointFolder checkpoints(folder.file("run/checkpoints"));
+  train(tiny_config(folder.file("run")), {}, {});
+  EXPECT_THAT(checkpoints.steps(), testing::ElementsAre(2, 4, 6));
+  const TrainConfig config = tiny_config(folder.file("run"), {"checkpoint.keep=1"});
+  train(config, {.checkpoint = checkpoints.path_of(2)}, stop_after(1));
+  EXPECT_THAT(checkpoints.steps(), testing::ElementsAre(3));
+}
+
+TEST(Trainer, CarriedRowsStayAsMany) {
+  const TemporaryFolder folder;
+  train(tiny_config(folder.file("run"), {"recurrent.chunk=24"}), {}, stop_after(1));
+  for (const char* batch : {"data.batch=1", "data.batch=3"}) {
+    const TrainConfig config = tiny_config(folder.file("run"), {"recurrent.chunk=24", batch});
+    EXPECT_THAT(message_of<UsageError>([&] { train(config, {.newest = true}, {}); }),
+                AllOf(HasSubstr("data.batch"), HasSubstr("expected 2")));
+  }
+}
+
 // A limit on the size of files fails like a full disk.
 TEST(Trainer, FullDiskLosesNothing) {
   const TemporaryFolder folder;
