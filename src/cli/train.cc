@@ -5,13 +5,16 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <utility>
 
 #include "base/error.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
 #include "cli/resources.h"
+#include "cli/source.h"
 #include "data/quote.h"
+#include "data/shards/token_shards.h"
 #include "train/trainer.h"
 
 namespace sparsek::cli {
@@ -67,6 +70,25 @@ class Lines {
   bool is_terminal_ = ::isatty(STDERR_FILENO) == 1, is_drawn_ = false;
 };
 
+// Ids of another tokenizer mean other tokens, and nothing later could tell. A folder that came without its tokenizer is
+// not asked.
+void check_tokenizers(const train::TrainConfig& config) {
+  if (config.data.task != "shards") return;
+  const TokenShards shards(config.data.train);
+  if (!config.data.validation.empty()) {
+    const TokenShards validation(config.data.validation);
+    if (validation.tokenizer_fingerprint() != shards.tokenizer_fingerprint()) {
+      throw_data("{}: expected shards of the tokenizer of {} (sha256 {}), found those of another (sha256 {})",
+                 validation.path(), shards.path(), shards.tokenizer_fingerprint(), validation.tokenizer_fingerprint());
+    }
+  }
+  const std::string& base = config.model.base;
+  if (base.empty() || (std::filesystem::is_directory(base) && !std::filesystem::exists(base + "/tokenizer.json"))) {
+    return;
+  }
+  shards.check_tokenizer(open_tokenizer_file(base), base);
+}
+
 int run(train::TrainConfig config, const TrainArguments& arguments) {
   if (arguments.print_config) {
     fmt::print("{}", train::config_text(config));
@@ -76,6 +98,7 @@ int run(train::TrainConfig config, const TrainArguments& arguments) {
     throw_usage("--checkpoint: expected without --resume, which takes the newest one");
   }
   if (!config.model.base.empty()) config.model.base = resolve_model(config.model.base);
+  check_tokenizers(config);
   Lines lines(config.run.log_every);
   train::TrainResult result;
   {
@@ -123,7 +146,7 @@ void add_train(CLI::App& app, TrainArguments& arguments) {
 
 int run_train(const TrainArguments& arguments) {
   TrainArguments given = arguments;
-  if (given.config.find('=') != std::string::npos) {  // no file, overrides alone
+  if (given.config.find('=') != std::string::npos && !std::filesystem::exists(given.config)) {  // overrides alone
     given.overrides.insert(given.overrides.begin(), std::exchange(given.config, ""));
   }
   return with_keys([&] { return run(train::load_config(given.config, given.overrides), given); });
@@ -133,10 +156,8 @@ void add_adapt(CLI::App& app, AdaptArguments& arguments) {
   CLI::App& command = *app.add_subcommand("adapt", "Teach an existing model SparseK attention");
   command.add_option("--model", arguments.model, "GGUF file, Hugging Face folder, or smollm2")->required();
   command.add_option("--data", arguments.data, "folder of token shards (sparsek tokenize)");
-  command.add_option("--train", arguments.part, "scorer (the base stays as it is), lora or full")
-      ->capture_default_str();
-  command.add_option("--loss", arguments.loss, "next-token, kl (to the dense model's own logits) or both")
-      ->capture_default_str();
+  command.add_option("--train", arguments.part, "scorer (default: the base stays as it is), lora or full");
+  command.add_option("--loss", arguments.loss, "next-token (default), kl (to the dense model's own logits) or both");
   command.add_option("--out", arguments.out, "folder of the run (default: adapt-PART)");
   command.add_option("--config", arguments.train.config, "TOML file to begin with, as `sparsek train` reads it");
   command.add_option("overrides", arguments.train.overrides, "key=value, as attention.topk=128");
@@ -144,14 +165,23 @@ void add_adapt(CLI::App& app, AdaptArguments& arguments) {
 }
 
 int run_adapt(const AdaptArguments& arguments) {
-  const std::string& loss = arguments.loss;
-  if (loss != "next-token" && loss != "kl" && loss != "both") {
+  const bool has_file = !arguments.train.config.empty();  // whose keys stay where no option is given
+  const auto given_or = [&](const std::string& given, const char* otherwise) {
+    return given.empty() && !has_file ? otherwise : given;
+  };
+  const std::string part = given_or(arguments.part, "scorer"), loss = given_or(arguments.loss, "next-token");
+  if (!loss.empty() && loss != "next-token" && loss != "kl" && loss != "both") {
     throw_usage("--loss: expected next-token, kl or both, found {}", in_quotes(loss));
   }
-  std::vector<std::string> overrides = {
-      "model.base=" + arguments.model, "trainable.part=" + arguments.part,
-      fmt::format("loss.next_token={}", loss == "kl" ? 0 : 1), fmt::format("loss.kl={}", loss == "next-token" ? 0 : 1),
-      "run.folder=" + (arguments.out.empty() ? "adapt-" + arguments.part : arguments.out)};
+  std::vector<std::string> overrides = {"model.base=" + arguments.model};
+  if (!part.empty()) overrides.push_back("trainable.part=" + part);
+  if (!loss.empty()) {
+    overrides.push_back(fmt::format("loss.next_token={}", loss == "kl" ? 0 : 1));
+    overrides.push_back(fmt::format("loss.kl={}", loss == "next-token" ? 0 : 1));
+  }
+  if (!arguments.out.empty() || !has_file) {
+    overrides.push_back("run.folder=" + (arguments.out.empty() ? "adapt-" + part : arguments.out));
+  }
   if (!arguments.data.empty()) overrides.push_back("data.train=" + arguments.data);
   overrides.insert(overrides.end(), arguments.train.overrides.begin(), arguments.train.overrides.end());
   return with_keys([&] { return run(train::load_config(arguments.train.config, overrides), arguments.train); });

@@ -18,7 +18,8 @@ int run_train(const TrainArguments& arguments);
 // Options of `adapt` are names for keys of the same configuration.
 struct AdaptArguments {
   TrainArguments train;
-  std::string model, data, part = "scorer", loss = "next-token", out;
+  std::string model, data, out;
+  std::string part, loss;  // empty: as --config says, or scorer and next-token
 };
 void add_adapt(CLI::App& app, AdaptArguments& arguments);
 int run_adapt(const AdaptArguments& arguments);
