@@ -43,6 +43,12 @@ void AtomicFile::write_all(const uint8_t* bytes, size_t size, int64_t offset) {
 }
 
 void AtomicFile::write(std::span<const uint8_t> bytes) {
+  if (bytes.size() >= kBufferBytes) {  // a tensor is not copied once more
+    flush();
+    write_all(bytes.data(), bytes.size(), size_bytes_);
+    size_bytes_ += static_cast<int64_t>(bytes.size());
+    return;
+  }
   buffer_.insert(buffer_.end(), bytes.begin(), bytes.end());
   size_bytes_ += static_cast<int64_t>(bytes.size());
   if (buffer_.size() >= kBufferBytes) flush();

@@ -66,9 +66,7 @@ std::string write_tensors(const std::string& path, const NamedTensors& tensors,
 std::map<std::string, at::Tensor> read_tensors(const std::string& path, const std::string& sha256) {
   if (!sha256.empty()) {
     const MappedFile bytes(path);
-    Sha256 hash;
-    hash.update(bytes.bytes());
-    if (const std::string found = hash.hex(); found != sha256) {
+    if (const std::string found = sha256_of(bytes); found != sha256) {
       throw_data("{}: expected SHA-256 {}, found {}; the file is damaged", path, sha256, found);
     }
   }

@@ -86,10 +86,13 @@ TEST_F(AtomicFileTest, AppearsWholeOrNotAtAll) {
     file.write("0123456789");
     wanted += "0123456789";
   }
+  const std::string large(5'000'000, 'L');  // goes past the buffer, behind what is in it
+  file.write(large);
+  wanted += large;
   const uint8_t begin[3] = {'a', 'b', 'c'};
   file.write_at(1, begin);
   file.write("end");
-  EXPECT_EQ(file.size_bytes(), 3'000'003);
+  EXPECT_EQ(file.size_bytes(), 8'000'003);
   file.commit();
   wanted.replace(1, 3, "abc");
   EXPECT_EQ(read(path), wanted + "end");
