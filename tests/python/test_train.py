@@ -3,9 +3,11 @@ import hashlib
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
+import tomllib
 
 import pytest
 
@@ -112,6 +114,34 @@ def test_from_shards(tmp_path, more):
     assert losses(whole)[20][0] < losses(whole)[1][0] - 1
     program.fails(1, *command, f"run.folder={tmp_path / 'other'}", "model.vocab_size=1000", mentions=["1000", "49152"])
     program.fails(1, *command, f"run.folder={tmp_path / 'other'}", f"data.train={tmp_path / 'none'}", mentions=["none"])
+
+
+def test_shards_of_another_tokenizer(tmp_path):
+    data, _ = shards(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    digits = json.loads((data / "manifest.json").read_text())["job"]["tokenizer"]["sha256"]
+    wrong = digits[::-1]
+    for path in other.iterdir():
+        path.write_bytes(path.read_bytes().replace(digits.encode(), wrong.encode()))
+    run = tmp_path / "run"
+    program.fails(1, "adapt", "--model", program.MODEL, "--data", other, "--out", run, mentions=[digits, wrong, "tokenizer"])
+    program.fails(1, "train", f"data.train={data}", f"data.validation={other}", f"run.folder={run}", mentions=[digits, wrong, "tokenizer"])
+    assert not run.exists()
+
+
+def test_adapt_takes_what_is_not_an_option_from_its_file(tmp_path):
+    path = tmp_path / "lr=1.toml"
+    path.write_text('[trainable]\npart = "lora"\n[loss]\nkl = 0.5\n[run]\nfolder = "mine"\n[data]\ntrain = "none"\n')
+    command = ["adapt", "--model", program.MODEL, "--config", path, "--print-config"]
+    keys = tomllib.loads(program.run(*command).stdout.decode())
+    assert (keys["trainable"]["part"], keys["loss"]["kl"], keys["run"]["folder"]) == ("lora", 0.5, "mine")
+    keys = tomllib.loads(program.run(*command, "--train", "full", "--loss", "kl", "--out", "there").stdout.decode())
+    assert (keys["trainable"]["part"], keys["loss"], keys["run"]["folder"]) == ("full", {"next_token": 0, "kl": 1, "rows": 2048}, "there")
+    keys = tomllib.loads(program.run("adapt", "--model", program.MODEL, "--data", "none", "--print-config").stdout.decode())
+    assert (keys["trainable"]["part"], keys["loss"]["kl"], keys["run"]["folder"]) == ("scorer", 0, "adapt-scorer")
+    path.write_text('[data]\ntask = "recall"\n')
+    assert tomllib.loads(program.run("train", path, "--print-config").stdout.decode())["data"]["task"] == "recall"
 
 
 def test_adapted_scorers_are_read_by_the_other_commands(tmp_path):
