@@ -48,6 +48,14 @@ void check_attention(const TrainConfig& config) {
   check_range("schedule.anneal_steps", schedule.anneal_steps, 0);
   check_range("schedule.topk_from", schedule.topk_from, 0, int64_t{1} << 20);
   check_range("schedule.window_from", schedule.window_from, 0, int64_t{1} << 20);
+  if (schedule.anneal_steps == 0 && (schedule.topk_from > 0 || schedule.window_from > 0)) {
+    throw_field("schedule.anneal_steps", "expected above 0 with schedule.topk_from or schedule.window_from, found 0");
+  }
+  if (attention.pool_size > 0 && attention.pool_size <= schedule.topk_from) {
+    throw_field("attention.pool_size",
+                "expected -1 (default), 0 (no limit) or more than schedule.topk_from {}, found {}", schedule.topk_from,
+                attention.pool_size);
+  }
   if (schedule.anneal_steps > 0 && config.recurrent.chunk > 0) {
     throw_field("schedule.anneal_steps", "expected 0 with recurrent.chunk: the carried state has one size, found {}",
                 schedule.anneal_steps);

@@ -61,6 +61,9 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(kRecall, {"trainable.part=lora"}), HasSubstr("model.base"));
   EXPECT_THAT(problem(kRecall, {"attention.pool_size=100"}), HasSubstr("more than topk"));
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=10", "recurrent.chunk=64"}), HasSubstr("recurrent.chunk"));
+  EXPECT_THAT(problem(kRecall, {"schedule.topk_from=600"}), HasSubstr("schedule.anneal_steps"));
+  EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=9", "schedule.topk_from=900", "attention.pool_size=600"}),
+              HasSubstr("more than schedule.topk_from 900"));
   EXPECT_THAT(problem(kRecall, {"data.seqlen=100"}), HasSubstr("data.seqlen"));
 }
 
