@@ -137,13 +137,16 @@ def finished(out):
 
 def test_killed_at_any_moment_the_shards_are_the_same(corpus, shards, tmp_path):
     rng = random.Random(2406)
+    begin = time.monotonic()
+    tokenize(tmp_path / "whole", corpus[0], shard_mib=1)
+    duration = time.monotonic() - begin  # the moments follow the machine's speed
     kills = 0
     for attempt in range(7):
         out = tmp_path / f"{attempt}"
         before = {}
         for _ in range(6):
             process = start(out, corpus[0], threads=rng.choice([1, 2, 3]))
-            time.sleep(0.12 + rng.random() * 0.35)
+            time.sleep(rng.random() * duration)
             process.kill()
             process.communicate()
             kills += process.returncode == -signal.SIGKILL
@@ -155,7 +158,7 @@ def test_killed_at_any_moment_the_shards_are_the_same(corpus, shards, tmp_path):
         result = tokenize(out, corpus[0], shard_mib=1, json=True)
         assert json.loads(result.stdout)["resumed_shards"] >= len(before)
         assert same_bytes(shards, out)
-    assert kills >= 10
+    assert kills >= 3  # else the moments were all too late, and nothing was tested
 
 
 def test_goes_on_inside_a_document(corpus, shards, tmp_path):
