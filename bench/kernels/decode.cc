@@ -13,29 +13,13 @@
 #include <vector>
 
 #include "base/bf16.h"
+#include "device_memory.h"
 #include "kernels/cuda/decode/decode_step.h"
 #include "kernels/cuda/launch.h"
 
 using namespace sparsek;
 
 namespace {
-
-template <class T>
-T* device(int64_t count) {
-  void* memory = nullptr;
-  cuda::check_cuda(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
-  return static_cast<T*>(memory);
-}
-template <class T>
-T* device(const std::vector<T>& block, int64_t count) {  // repeated to `count`
-  T* const data = device<T>(count);
-  for (int64_t at = 0; at < count; at += std::ssize(block)) {
-    cuda::check_cuda(cudaMemcpy(data + at, block.data(), std::min<int64_t>(std::ssize(block), count - at) * sizeof(T),
-                                cudaMemcpyHostToDevice),
-                     "cudaMemcpy");
-  }
-  return data;
-}
 
 std::vector<BFloat16> normal_bf16(int64_t count, int seed) {
   std::mt19937 engine(seed);

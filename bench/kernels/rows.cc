@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/bf16.h"
+#include "device_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows/live_lists.h"
 #include "kernels/cuda/rows/visibility.h"
@@ -23,20 +24,6 @@
 using namespace sparsek;
 
 namespace {
-
-template <class T>
-T* device(int64_t count) {
-  void* memory = nullptr;
-  cuda::check_cuda(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
-  return static_cast<T*>(memory);
-}
-
-template <class T>
-T* device(const std::vector<T>& values) {
-  T* const data = device<T>(std::ssize(values));
-  cuda::check_cuda(cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  return data;
-}
 
 std::vector<float> normal(int64_t count, int seed) {
   std::mt19937 engine(seed);

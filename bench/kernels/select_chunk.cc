@@ -11,31 +11,11 @@
 #include <random>
 #include <vector>
 
+#include "device_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select/select_chunk.h"
 
 using namespace sparsek;
-
-namespace {
-
-template <class T>
-T* device(int64_t count) {
-  void* memory = nullptr;
-  cuda::check_cuda(cudaMalloc(&memory, std::max<int64_t>(count, 1) * sizeof(T)), "cudaMalloc");
-  return static_cast<T*>(memory);
-}
-template <class T>
-T* device(const std::vector<T>& block, int64_t count) {  // repeated to `count`
-  T* const data = device<T>(count);
-  for (int64_t at = 0; at < count; at += std::ssize(block)) {
-    cuda::check_cuda(cudaMemcpy(data + at, block.data(), std::min<int64_t>(std::ssize(block), count - at) * sizeof(T),
-                                cudaMemcpyHostToDevice),
-                     "cudaMemcpy");
-  }
-  return data;
-}
-
-}  // namespace
 
 int main(int argc, char** argv) {
   const auto argument = [&](int n, int64_t otherwise) -> int64_t { return argc > n ? std::atoll(argv[n]) : otherwise; };
