@@ -15,15 +15,6 @@
 namespace sparsek::train {
 namespace {
 
-int64_t parse_index(const std::string& text, const char* what) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
-    throw_data("position of {}: expected a number, found {}", what, in_quotes(text));
-  }
-  return value;
-}
-
 class Recall final : public BatchSource {
  public:
   explicit Recall(const RecallOptions& options) : options_(options) {}
@@ -44,7 +35,7 @@ class Recall final : public BatchSource {
     return batch;
   }
   std::string position() const override { return std::to_string(index_); }
-  void seek(const std::string& position) override { index_ = parse_index(position, "the recall task"); }
+  void seek(const std::string& position) override { index_ = parse_position(position, "of the recall task"); }
   int64_t vocab_size() const override { return options_.num_noise + options_.num_keys + options_.num_values; }
 
  private:
@@ -107,7 +98,7 @@ class Chunks final : public BatchSource {
   void seek(const std::string& position) override {
     const size_t space = position.rfind(' ');
     if (space == std::string::npos) throw_data("position of chunks: expected two parts, found {}", in_quotes(position));
-    const int64_t chunk = parse_index(position.substr(space + 1), "chunks");
+    const int64_t chunk = parse_position(position.substr(space + 1), "of chunks");
     rows_->seek(position.substr(0, space));
     next_ = 0;
     while (next_ < chunk) {
@@ -126,6 +117,15 @@ class Chunks final : public BatchSource {
 };
 
 }  // namespace
+
+int64_t parse_position(const std::string& text, const char* where) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
+    throw_data("position {}: expected a number, found {}", where, in_quotes(text));
+  }
+  return value;
+}
 
 std::unique_ptr<BatchSource> make_recall(const RecallOptions& options) {
   const int64_t room = (options.seqlen - 2 * options.num_pairs - options.gap) / 2;

@@ -35,6 +35,9 @@ enum class Split : uint8_t { kTrain, kValidation };
 // data.* and recurrent.* of a run. Throws DataError for data that cannot be used.
 std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split);
 
+// The number that a position of some source is; `where`: whose, for the message of a DataError.
+int64_t parse_position(const std::string& text, const char* where);
+
 // Key-value recall across the window, without end, by seed: pairs of a key and its value lie in noise; at the end of a
 // row each key is asked once, and its value, the next token, is the only target. `gap` noise tokens at least stand
 // between pairs and questions.

@@ -1,11 +1,9 @@
 // Batches from token shards: packed rows, or whole documents in chunks for recurrent training.
 #include <ATen/ops/from_blob.h>
 
-#include <charconv>
 #include <utility>
 
 #include "base/error.h"
-#include "data/quote.h"
 #include "data/shards/document_chunks.h"
 #include "data/shards/packed_rows.h"
 #include "train/batches.h"
@@ -18,15 +16,6 @@ static_assert(kIgnored == kIgnoredTarget);
 
 at::Tensor as_tensor(std::vector<TokenId>& ids, at::IntArrayRef shape) {
   return at::from_blob(ids.data(), shape, at::kInt).to(at::kLong);
-}
-
-int64_t parse_position(const std::string& text) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0) {
-    throw_data("position in token shards: expected a number, found {}", in_quotes(text));
-  }
-  return value;
 }
 
 struct Documents {
@@ -53,7 +42,7 @@ class Packed final : public BatchSource {
     return batch;
   }
   std::string position() const override { return std::to_string(next_row_); }
-  void seek(const std::string& position) override { next_row_ = parse_position(position); }
+  void seek(const std::string& position) override { next_row_ = parse_position(position, "in token shards"); }
   int64_t vocab_size() const override { return documents_->shards.vocab_size(); }
 
  private:
@@ -78,7 +67,7 @@ class Chunked final : public BatchSource {
     return batch;
   }
   std::string position() const override { return std::to_string(step_); }
-  void seek(const std::string& position) override { step_ = parse_position(position); }
+  void seek(const std::string& position) override { step_ = parse_position(position, "in token shards"); }
   int64_t vocab_size() const override { return documents_->shards.vocab_size(); }
 
  private:
