@@ -65,8 +65,9 @@ endforeach()
 target_link_options(sparsek_torch INTERFACE LINKER:--no-as-needed)
 if(TARGET torch::torch_cuda)
   target_link_options(sparsek_torch INTERFACE LINKER:--allow-shlib-undefined)
-  # What the headers of such a torch include: the toolkit's, or those that came with torch.
-  find_path(SPARSEK_CUDA_INCLUDE cuda_runtime_api.h HINTS ${SPARSEK_TORCH_ROOT}/../nvidia/cu13/include
+  # What the headers of such a torch include: the toolkit's, or those that came with torch, where they are whole (the runtime's
+  # package alone lacks crt/, which is the compiler's).
+  find_path(SPARSEK_CUDA_INCLUDE crt/host_config.h HINTS ${SPARSEK_TORCH_ROOT}/../nvidia/cu13/include
             ${SPARSEK_TORCH_ROOT}/../nvidia/cuda_runtime/include /usr/local/cuda/include)
 endif()
 target_link_libraries(sparsek_torch INTERFACE sparsek_openmp)
