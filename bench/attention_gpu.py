@@ -10,16 +10,15 @@ write of 256 MiB, so that nothing lies in the L2 cache, and a pause in which the
 """
 import argparse
 import dataclasses
-import gc
 import math
 import statistics
-import subprocess
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import save
+from gpu import attempt, device
 
 HEAD_DIM, WINDOW, TOPK = 128, 1024, 1024
 CHECK_SHAPE = (4096, 4)  # positions, heads: longer than window and topk together, so that the selection is not trivial
@@ -275,21 +274,6 @@ def layer_of(contender, seqlen, heads, kv_heads, timer):
         result = {"forward": timer(step, 5)}
     result["forward_backward"] = timer(forward_backward, 5)
     return result
-
-
-def attempt(what, *arguments):
-    try:
-        return what(*arguments)
-    except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError) as error:
-        return {"failed": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def device():
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return {"name": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "cuda": torch.version.cuda, "torch": torch.__version__}
 
 
 def main():

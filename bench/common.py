@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "build/release/sparsek"
@@ -25,11 +26,15 @@ def environment():
     }
 
 
-def sparsek(*arguments):
+def sparsek(*arguments, program=PROGRAM):
     """Runs the program with --json and gives the object it prints."""
-    command = [str(PROGRAM), *map(str, arguments), "--json"]
+    command = [str(program), *map(str, arguments), "--json"]
     environment = {"OMP_PROC_BIND": "true", **os.environ}
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    sys.stderr.write(result.stderr)
+    if result.returncode != 0:
+        raise RuntimeError(f"exit code {result.returncode}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(result.stdout)
 
 
 def save(name, command, results, output=None):

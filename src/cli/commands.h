@@ -13,10 +13,11 @@ namespace sparsek::cli {
 struct ModelConfig {
   std::string model;  // a path, or "smollm2"
   model::AttentionRequest attention;
-  std::string dtype = "bf16";  // bf16, f32
-  std::string device = "cpu";  // cpu, cuda, cuda:N
-  int64_t chunk_size = 512;    // tokens computed at once while reading
-  int64_t threads = 0;         // 0: one a core
+  std::string dtype = "bf16";   // bf16, f32
+  std::string device = "cpu";   // cpu, cuda, cuda:N
+  int64_t chunk_size = 512;     // tokens computed at once while reading
+  int64_t threads = 0;          // 0: one a core
+  bool random_weights = false;  // bench model: `model` is a config.json, its weights are made up
 };
 
 struct GenerateConfig {
@@ -87,7 +88,9 @@ int run_bench_attention(const BenchAttentionConfig& config);
 struct BenchModelConfig {
   ModelConfig model;
   std::vector<int64_t> contexts{1024, 8192};
-  int64_t decode_tokens = 64;
+  std::vector<int64_t> batches{1};  // documents decoded side by side
+  int64_t decode_tokens = 64;       // of each
+  int64_t repeats = 1;              // readings of each context
   bool json = false;
 };
 int run_bench_model(const BenchModelConfig& config);

@@ -188,8 +188,12 @@ CLI::App* add_bench_attention(CLI::App& bench, BenchAttentionConfig& config) {
 CLI::App* add_bench_model(CLI::App& bench, BenchModelConfig& config, AttentionFlags& flags) {
   CLI::App& command = *bench.add_subcommand("model", "Reading and decoding speed of a model");
   add_model_options(command, config.model, flags);
+  command.add_flag("--random-weights", config.model.random_weights,
+                   "--model is a config.json; its weights are made up, for the speed of a shape");
   add_counts(command, "--context", config.contexts, "tokens to read before decoding");
-  add_count(command, "--decode-tokens", config.decode_tokens, "tokens to decode");
+  add_counts(command, "--batch", config.batches, "documents decoded side by side, sparsek attention only");
+  add_count(command, "--decode-tokens", config.decode_tokens, "tokens to decode of each document");
+  add_count(command, "--repeats", config.repeats, "readings of each context");
   command.add_flag("--json", config.json, "one JSON object");
   return &command;
 }

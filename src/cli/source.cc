@@ -46,17 +46,19 @@ void set_threads(int64_t threads) {
 }
 
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
-                              std::optional<int64_t> expected_tokens) {
+                              std::optional<int64_t> expected_tokens, int64_t documents) {
   set_threads(config.threads);
   if (config.chunk_size < 1 || config.chunk_size > 65536) {
     throw_usage("--chunk: expected 1 to 65536 tokens, found {}", config.chunk_size);
   }
   model::Transformer model =
       model::Transformer::load({.path = model_path,
+                                .random_weights = config.random_weights,
                                 .attention = config.attention,
                                 .placement = {.dtype = parse_dtype(config.dtype), .device = open_device(config.device)},
                                 .chunk_size = config.chunk_size,
-                                .expected_tokens = expected_tokens});
+                                .expected_tokens = expected_tokens,
+                                .documents = documents});
   for (const std::string& notice : model.notices()) std::fprintf(stderr, "sparsek: %s\n", notice.c_str());
   return model;
 }

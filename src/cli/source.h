@@ -17,9 +17,9 @@ Tokenizer open_tokenizer(const std::string& model_path);
 // What --model names where only its tokenizer is wanted; a tokenizer.json serves too.
 Tokenizer open_tokenizer_file(const std::string& model);
 // Sets the number of threads, loads the model, prints its notices to stderr. expected_tokens: what the run will read
-// and write in all, where that is known.
+// and write in all, where that is known; documents: how many states it will hold at a time.
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
-                              std::optional<int64_t> expected_tokens);
+                              std::optional<int64_t> expected_tokens, int64_t documents = 1);
 // What a progress line says while a prompt is read: "reading", on a GPU "reading on cuda:0".
 std::string reading_on(const model::Transformer& model);
 at::ScalarType parse_dtype(const std::string& text);

@@ -15,10 +15,11 @@
 
 namespace sparsek::model {
 
+// Of a chunk of one document [1, tokens, ..], or of a step of several [documents, 1, ..].
 struct AttentionInputs {
-  at::Tensor x;             // [tokens, dim] what q, k, v were projected from (read by adapters)
-  at::Tensor q;             // [1, tokens, num_heads, head_dim], rotated by position
-  at::Tensor k, v;          // [1, tokens, num_kv_heads, head_dim], k rotated by position
+  at::Tensor x;             // [documents * tokens, dim] what q, k, v were projected from (read by adapters)
+  at::Tensor q;             // [documents, tokens, num_heads, head_dim], rotated by position
+  at::Tensor k, v;          // [documents, tokens, num_kv_heads, head_dim], k rotated by position
   at::Tensor q_far, k_far;  // eq. 9: R(D) q and k before rotation; undefined without far rotary
 };
 
@@ -29,8 +30,9 @@ class Attention {
   // Single tokens behind so many do the same work on the same tensors as long as this number stays the same: a step
   // that was recorded can then be repeated. Nothing where each does other work.
   virtual std::optional<int> step_phase(int64_t position) const { return std::nullopt; }
-  // The chunk behind `position` tokens that `state` has read. Returns [1, tokens, num_heads, head_dim] and advances the
-  // state. The same numbers, up to floating-point order, however a document is cut.
+  // The chunk behind `position` tokens that `state` has read. Returns [documents, tokens, num_heads, head_dim] and
+  // advances the state. The same numbers, up to floating-point order, however a document is cut. Several documents (of
+  // kind sparsek only) have read equally much, or their steps have one phase from `position`, the shortest's, on.
   virtual at::Tensor forward(const AttentionInputs& inputs, int64_t layer, int64_t position,
                              LayerState& state) const = 0;
 };

@@ -11,6 +11,7 @@
 #include <ATen/ops/remainder.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "model/attention.h"
@@ -71,7 +72,7 @@ class SparsekAttention final : public Attention {
       raw = at::linalg_vector_norm(in.k, 2, at::IntArrayRef{-1}, false, at::kFloat).neg_();
     } else if (scorer_kind_ == ScorerKind::kAdapter) {
       const Scorer& scorer = scorers_[layer];
-      raw = scorer(in.x);
+      raw = scorer(in.x).view({in.q.size(0), in.q.size(1), -1});
       if (options_.delayed_scores) {
         ring_scores = is_step ? state.ring_scores : state.ring_scores.clone();
         raw = exchange(raw, state.lengths, ring_scores).add(y, scorer.alpha);
@@ -102,24 +103,25 @@ class SparsekAttention final : public Attention {
   }
 
  private:
-  // Puts the raw scores of the chunk's tokens [1, tokens, num_kv_heads] into the ring [1, num_kv_heads, window_size]
-  // and returns those of the keys that leave it, one per query; zeros stand where there is none yet.
+  // Puts the raw scores of the chunk's tokens [batch, tokens, num_kv_heads] into the ring [batch, num_kv_heads,
+  // window_size] and returns those of the keys that leave it, one per query; zeros stand where there is none yet.
   at::Tensor exchange(const at::Tensor& raw, const at::Tensor& lengths, at::Tensor& ring_scores) const {
     const int64_t window = options_.window_size, tokens = raw.size(1), kept = std::min(tokens, window);
-    const at::Tensor before = ring_scores.index_select(2, ring_rows(lengths, kept)).transpose(1, 2);
+    const std::array<int64_t, 3> shape{raw.size(0), raw.size(2), kept};
+    const at::Tensor before = ring_scores.gather(2, ring_rows(lengths, kept).expand(shape)).transpose(1, 2);
     at::Tensor leaving = tokens > window ? at::cat({before, raw.narrow(1, 0, tokens - window)}, 1) : before;
-    ring_scores.index_copy_(2, ring_rows(lengths + (tokens - kept), kept),
-                            raw.narrow(1, tokens - kept, kept).transpose(1, 2).contiguous());
+    ring_scores.scatter_(2, ring_rows(lengths + (tokens - kept), kept).expand(shape),
+                         raw.narrow(1, tokens - kept, kept).transpose(1, 2));
     return leaving;
   }
 
-  // Ring rows of the positions first .. first + count - 1; first [1].
+  // Ring rows of the positions first .. first + count - 1; first [batch], rows [batch, 1, count].
   at::Tensor ring_rows(const at::Tensor& first, int64_t count) const {
-    return at::remainder(first + at::arange(count, first.options()), options_.window_size);
+    return at::remainder(first.view({-1, 1, 1}) + at::arange(count, first.options()), options_.window_size);
   }
 
-  // Eq. 1: raw [1, tokens, num_kv_heads] -> (scores, new stats). The first num_missing rows are no keys: they neither
-  // enter the statistics nor get a score.
+  // Eq. 1: raw [batch, tokens, num_kv_heads] -> (scores, new stats). The first num_missing rows are no keys: they
+  // neither enter the statistics nor get a score.
   std::tuple<at::Tensor, at::Tensor> normalise(const at::Tensor& raw, const ScoreScale& scale, int64_t num_missing,
                                                const at::Tensor& stats) const {
     if (num_missing >= raw.size(1)) return {raw, stats};

@@ -1,9 +1,15 @@
 #include "model/checkpoint.h"
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <filesystem>
+#include <nlohmann/json.hpp>
+#include <random>
 #include <unordered_set>
 
 #include "base/error.h"
+#include "data/json_file.h"
 #include "data/quote.h"
 
 namespace sparsek::model {
@@ -98,7 +104,37 @@ bool is_wanted(WeightId id, const ModelConfig& config) {
   }
 }
 
+bool is_norm(WeightId id) {
+  return id == WeightId::kFinalNorm || id == WeightId::kAttentionNorm || id == WeightId::kFfnNorm ||
+         id == WeightId::kQueryNorm || id == WeightId::kKeyNorm;
+}
+
+// A prime number of random values over and over, so that rows differ: making every one would take seconds a billion.
+std::vector<BFloat16> random_values(int64_t count) {
+  constexpr int64_t kPeriod = 1'048'573;
+  const float range = 0.02f * std::sqrt(3.0f);
+  std::mt19937 generator(1);
+  std::uniform_real_distribution<float> uniform(-range, range);
+  std::vector<BFloat16> values(count);
+  for (int64_t i = 0; i < std::min(count, kPeriod); ++i) values[i] = to_bf16(uniform(generator));
+  for (int64_t i = kPeriod; i < count; i += kPeriod) {
+    std::copy_n(values.begin(), std::min(kPeriod, count - i), values.begin() + i);
+  }
+  return values;
+}
+
 }  // namespace
+
+Checkpoint Checkpoint::random(const std::string& config_path) {
+  Checkpoint checkpoint;
+  checkpoint.path_ = config_path;
+  checkpoint.config_ = config_from_huggingface(read_json_object(config_path), config_path);
+  const ModelConfig& config = checkpoint.config_;
+  const int64_t widest = std::max({config.vocab_size, config.q_dim(), config.ffn_dim});
+  checkpoint.random_ = random_values(widest * config.dim);
+  checkpoint.ones_.assign(std::max(config.dim, config.head_dim), to_bf16(1));
+  return checkpoint;
+}
 
 Checkpoint::Checkpoint(const std::string& path) : path_(path) {
   std::error_code error;
@@ -115,8 +151,14 @@ Checkpoint::Checkpoint(const std::string& path) : path_(path) {
 std::optional<WeightView> Checkpoint::find(WeightId id, int64_t layer) const {
   if (!is_wanted(id, config_)) return std::nullopt;
   const std::string name = file_name(names_of(id), gguf_.has_value(), layer);
-  WeightView view = gguf_ ? gguf_->tensor(name) : huggingface_->weight(name);
   const std::vector<int64_t> wanted = wanted_shape(id, config_);
+  if (!random_.empty()) {
+    WeightView view{name, WeightType::kBF16, wanted, {}};
+    const std::vector<BFloat16>& values = is_norm(id) ? ones_ : random_;
+    view.bytes = {reinterpret_cast<const uint8_t*>(values.data()), view.num_elements() * sizeof(BFloat16)};
+    return view;
+  }
+  WeightView view = gguf_ ? gguf_->tensor(name) : huggingface_->weight(name);
   if (view.shape != wanted) {
     throw_data("{}: tensor {}: expected shape {}, found {}", path_, name, shape_text(wanted), shape_text(view.shape));
   }
@@ -131,7 +173,7 @@ WeightView Checkpoint::weight(WeightId id, int64_t layer) const {
 void Checkpoint::release(const WeightView& weight) const {
   if (gguf_) {
     gguf_->release_pages(weight);
-  } else {
+  } else if (huggingface_) {
     huggingface_->release_pages(weight);
   }
 }
@@ -144,6 +186,7 @@ bool Checkpoint::has_interleaved_rotary(WeightId id) const {
 std::vector<WeightView> Checkpoint::tensors() const {
   if (gguf_) return gguf_->tensors();
   std::vector<WeightView> views;
+  if (!huggingface_) return views;
   for (const std::string& name : huggingface_->tensor_names()) views.push_back(huggingface_->weight(name));
   return views;
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/bf16.h"
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
 #include "model/config.h"
@@ -40,6 +41,9 @@ class Checkpoint {
   // A folder is read as a Hugging Face checkpoint, anything else as GGUF. Throws DataError; unknown tensors in the file
   // are refused, since a model that needs them would be computed wrongly without a word.
   explicit Checkpoint(const std::string& path);
+  // The shape of a config.json with made-up weights: norms are one, all others share the same random bfloat16 numbers
+  // (uniform, standard deviation 0.02). For measuring a shape whose weights are not here. Throws DataError.
+  static Checkpoint random(const std::string& config_path);
 
   const ModelConfig& config() const { return config_; }
   const std::string& path() const { return path_; }
@@ -55,15 +59,17 @@ class Checkpoint {
   // has them: row 2 i + h of a head is row h * head_dim / 2 + i of ours.
   bool has_interleaved_rotary(WeightId id) const;
 
-  // All tensors of the file, under its own names.
+  // All tensors of the file, under its own names; none of made-up ones.
   std::vector<WeightView> tensors() const;
 
  private:
+  Checkpoint() = default;
   void refuse_unknown_tensors() const;
 
   std::string path_;
   std::optional<GgufFile> gguf_;
   std::optional<HfCheckpoint> huggingface_;
+  std::vector<BFloat16> random_, ones_;  // random(): what all its weights are views of
   ModelConfig config_;
 };
 

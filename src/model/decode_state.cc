@@ -1,6 +1,12 @@
 #include "model/decode_state.h"
 
+#include <algorithm>
+
 namespace sparsek::model {
+
+int64_t DecodeState::length() const {
+  return *std::min_element(lengths_.begin(), lengths_.end());
+}
 
 int64_t DecodeState::size_in_bytes() const {
   int64_t sum = 0;

@@ -1,7 +1,9 @@
 #include "model/transformer.h"
 
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -77,22 +79,24 @@ struct Transformer::Parts {
   Rope rope;
   std::unique_ptr<Attention> attention;
 
-  AttentionInputs project(const LayerWeights& layer, const RotaryTable& angles, Workspace& work) const;
-  void attention_block(int64_t index, const RotaryTable& angles, int64_t position, Workspace& work,
+  AttentionInputs project(const LayerWeights& layer, const RotaryTable& angles, int64_t documents,
+                          Workspace& work) const;
+  void attention_block(int64_t index, const RotaryTable& angles, int64_t position, int64_t documents, Workspace& work,
                        LayerState& state) const;
   // From ids to work.normed, the hidden states.
-  void run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, Workspace& work,
+  void run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, int64_t documents, Workspace& work,
            std::vector<LayerState>& layers) const;
   at::Tensor repeat_step(const at::Tensor& ids, int phase, DecodeState& state) const;
+  RotaryTable angles_of(const std::vector<int64_t>& positions) const;
   at::Tensor logits(const at::Tensor& hidden) const;  // on the model's device
 };
 
-// A single token's way through the model on tensors that stay where they are: what RecordedStep repeats. Attention of
-// such kinds changes a layer's tensors in place, so these layers are those of the state, too.
+// A single token's way (one of each document) through the model on tensors that stay where they are: what RecordedStep
+// repeats. Attention of such kinds changes a layer's tensors in place, so these layers are those of the state, too.
 struct RepeatedStep {
   const void* model;
   int phase;
-  at::Tensor id, position;  // int32 [1], int64 [1] on the device
+  at::Tensor ids, positions;  // int32, int64 [documents] on the device
   std::vector<LayerState> layers;
   Workspace work;
   std::unique_ptr<RecordedStep> step;
@@ -134,7 +138,7 @@ Transformer Transformer::load(const LoadOptions& options) {
   std::vector<std::string> notices;
   // Options are judged before the model is opened, and once more when the adapter's own numbers are known.
   const bool has_adapter = resolve(options.attention, nullptr, nullptr).adapter_path != "";
-  const Checkpoint checkpoint(options.path);
+  const Checkpoint checkpoint = options.random_weights ? Checkpoint::random(options.path) : Checkpoint(options.path);
   const ModelConfig& config = checkpoint.config();
   Adapter adapter;
   if (has_adapter) adapter = load_adapter(options.attention.scorer, config);
@@ -150,7 +154,8 @@ Transformer Transformer::load(const LoadOptions& options) {
   }
   const int64_t expected_tokens = std::max(options.expected_tokens.value_or(0), int64_t{1});
   MemoryPlan plan{.weight_bytes = planned_weight_bytes(checkpoint, placement),
-                  .state_bytes = state_size_in_bytes(config, attention, placement.dtype, expected_tokens),
+                  .state_bytes = saturating_multiply(
+                      options.documents, state_size_in_bytes(config, attention, placement.dtype, expected_tokens)),
                   .working_bytes = working_bytes(config, options.chunk_size, placement.dtype),
                   .device = placement.device};
   if (placement.plain) {
@@ -173,9 +178,36 @@ DecodeState Transformer::new_state() const {
   return state;
 }
 
+DecodeState Transformer::join(const std::vector<const DecodeState*>& states) const {
+  const c10::InferenceMode inference;
+  const Parts& parts = *parts_;
+  if (parts.attention_config.kind != AttentionKind::kSparsek) {
+    throw_field("attention", "expected sparsek for documents side by side, found {}",
+                name(parts.attention_config.kind));
+  }
+  TORCH_CHECK(!states.empty(), "join: expected at least one state, found none");
+  DecodeState joined;
+  joined.lengths_.clear();
+  for (const DecodeState* state : states) {
+    TORCH_CHECK(static_cast<int64_t>(state->layers_.size()) == parts.config.num_layers,
+                "join: a state is not from this model's new_state()");
+    joined.lengths_.insert(joined.lengths_.end(), state->lengths_.begin(), state->lengths_.end());
+  }
+  const auto [shortest, longest] = std::minmax_element(joined.lengths_.begin(), joined.lengths_.end());
+  TORCH_CHECK(*shortest == *longest || parts.attention->step_phase(*shortest) == parts.attention->step_phase(*longest),
+              "join: expected documents of one length, or all of at least window_size = ",
+              parts.attention_config.window_size, " tokens, found ", *shortest, " and ", *longest, " tokens");
+  for (int64_t i = 0; i < parts.config.num_layers; ++i) {
+    std::vector<ops::AttentionState> layer;
+    for (const DecodeState* state : states) layer.push_back(state->layers_[i].sparsek);
+    joined.layers_.push_back({.sparsek = ops::join(layer), .k = {}, .v = {}});
+  }
+  return joined;
+}
+
 // Normalised input to rotated queries and keys. Without far rotary everything stays in work.qkv; with it the keys
 // before rotation stay there and the rotated ones go to work.k.
-AttentionInputs Transformer::Parts::project(const LayerWeights& layer, const RotaryTable& angles,
+AttentionInputs Transformer::Parts::project(const LayerWeights& layer, const RotaryTable& angles, int64_t documents,
                                             Workspace& work) const {
   const int64_t tokens = work.qkv.size(0), head_dim = config.head_dim;
   ops::linear_out(work.normed, layer.qkv, work.qkv);
@@ -189,39 +221,42 @@ AttentionInputs Transformer::Parts::project(const LayerWeights& layer, const Rot
     ops::head_norm_(q, layer.query_norm, config.rms_eps);
     ops::head_norm_(k, layer.key_norm, config.rms_eps);
   }
+  const auto by_document = [&](const at::Tensor& x) {
+    return x.view({documents, tokens / documents, x.size(1), head_dim});
+  };
   AttentionInputs in;
   in.x = work.normed;
   if (attention_config.has_far_rotary()) {
     ops::rotary_out(q, rope.far().cos, rope.far().sin, work.q_far);
     ops::rotary_out(k, angles.cos, angles.sin, work.k);
-    in.q_far = work.q_far.unsqueeze(0);
-    in.k_far = k.unsqueeze(0);
-    in.k = work.k.unsqueeze(0);
+    in.q_far = by_document(work.q_far);
+    in.k_far = by_document(k);
+    in.k = by_document(work.k);
   } else {
     ops::rotary_out(k, angles.cos, angles.sin, k);
-    in.k = k.unsqueeze(0);
+    in.k = by_document(k);
   }
   ops::rotary_out(q, angles.cos, angles.sin, q);
-  in.q = q.unsqueeze(0);
-  in.v = v.unsqueeze(0);
+  in.q = by_document(q);
+  in.v = by_document(v);
   return in;
 }
 
-void Transformer::Parts::attention_block(int64_t index, const RotaryTable& angles, int64_t position, Workspace& work,
-                                         LayerState& state) const {
+void Transformer::Parts::attention_block(int64_t index, const RotaryTable& angles, int64_t position, int64_t documents,
+                                         Workspace& work, LayerState& state) const {
   const LayerWeights& layer = weights.layers[index];
   ops::rms_norm_out(work.residual, layer.attention_norm, config.rms_eps, work.normed);
-  const AttentionInputs in = project(layer, angles, work);
+  const AttentionInputs in = project(layer, angles, documents, work);
   const at::Tensor out = attention->forward(in, index, position, state);
-  ops::linear_add_(work.residual, out.view({out.size(1), config.q_dim()}), layer.attention_output);
+  ops::linear_add_(work.residual, out.view({work.normed.size(0), config.q_dim()}), layer.attention_output);
 }
 
-void Transformer::Parts::run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, Workspace& work,
-                             std::vector<LayerState>& layers) const {
+void Transformer::Parts::run(const at::Tensor& ids, const RotaryTable& angles, int64_t position, int64_t documents,
+                             Workspace& work, std::vector<LayerState>& layers) const {
   ops::embedding_out(ids, weights.embedding, work.residual);
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const LayerWeights& layer = weights.layers[i];
-    attention_block(i, angles, position, work, layers[i]);
+    attention_block(i, angles, position, documents, work, layers[i]);
     ops::rms_norm_out(work.residual, layer.ffn_norm, config.rms_eps, work.normed);
     mlp_add_(work.residual, work.normed, layer, work.gate_up);
   }
@@ -229,25 +264,39 @@ void Transformer::Parts::run(const at::Tensor& ids, const RotaryTable& angles, i
 }
 
 at::Tensor Transformer::Parts::repeat_step(const at::Tensor& ids, int phase, DecodeState& state) const {
-  const int32_t id = ids.const_data_ptr<int32_t>()[0];
-  TORCH_CHECK(id >= 0 && id < config.vocab_size, "token ids: expected values in [0, ", config.vocab_size, "), got ",
-              id);
+  for (int64_t i = 0; i < ids.size(0); ++i) {
+    const int32_t id = ids.const_data_ptr<int32_t>()[i];
+    TORCH_CHECK(id >= 0 && id < config.vocab_size, "token ids: expected values in [0, ", config.vocab_size, "), got ",
+                id);
+  }
+  const int64_t documents = state.documents();
   std::shared_ptr<RepeatedStep>& step = state.step_;
   if (!step || step->model != this || step->phase != phase) {
     step = std::make_shared<RepeatedStep>(
-        RepeatedStep{this, phase, at::empty({1}, placement.options(at::kInt)),
-                     at::full({1}, state.length_, placement.options(at::kLong)), state.layers_,
-                     Workspace(config, 1, placement, attention_config.has_far_rotary()), nullptr});
-    const auto work = [this, self = step.get(), position = state.length_] {
-      run(self->id, rope.table(self->position), position, self->work, self->layers);
-      self->position.add_(1);
+        RepeatedStep{this, phase, at::empty({documents}, placement.options(at::kInt)),
+                     at::tensor(state.lengths_, at::kLong).to(placement.device), state.layers_,
+                     Workspace(config, documents, placement, attention_config.has_far_rotary()), nullptr});
+    const auto work = [this, self = step.get(), position = state.length(), documents] {
+      run(self->ids, rope.table(self->positions), position, documents, self->work, self->layers);
+      self->positions.add_(1);
     };
     step->step = record_step(work, placement.device);
   }
-  step->id.fill_(id);
+  step->ids.copy_(ids, /*non_blocking=*/true);  // so few bytes that CUDA takes them along at once
   step->step->run();
-  state.length_ += 1;
+  for (int64_t& length : state.lengths_) ++length;
   return step->work.normed.clone();  // the next step writes over it
+}
+
+// A row for each document's next token.
+RotaryTable Transformer::Parts::angles_of(const std::vector<int64_t>& positions) const {
+  std::vector<at::Tensor> cos, sin;
+  for (const int64_t position : positions) {
+    const RotaryTable row = rope.table(position, 1);
+    cos.push_back(row.cos);
+    sin.push_back(row.sin);
+  }
+  return {at::cat(cos, 0), at::cat(sin, 0)};
 }
 
 at::Tensor Transformer::forward(const at::Tensor& ids, DecodeState& state) const {
@@ -257,15 +306,18 @@ at::Tensor Transformer::forward(const at::Tensor& ids, DecodeState& state) const
   TORCH_CHECK(ids.dim() == 1 && ids.size(0) > 0, "forward: expected ids [tokens], at least one, found ", ids.sizes());
   TORCH_CHECK(static_cast<int64_t>(state.layers_.size()) == parts.config.num_layers,
               "forward: the state is not from this model's new_state()");
-  const int64_t tokens = ids.size(0);
-  if (tokens == 1 && parts.placement.plain) {
-    const std::optional<int> phase = parts.attention->step_phase(state.length_);
+  const int64_t tokens = ids.size(0), documents = state.documents(), position = state.length();
+  TORCH_CHECK(documents == 1 || tokens == documents, "forward: expected a token of each of ", documents,
+              " documents, found ", tokens, " tokens");
+  if (tokens == documents && parts.placement.plain) {
+    const std::optional<int> phase = parts.attention->step_phase(position);
     if (phase) return parts.repeat_step(ids, *phase, state);
   }
   state.step_.reset();
   Workspace work(parts.config, tokens, parts.placement, parts.attention_config.has_far_rotary());
-  parts.run(ids, parts.rope.table(state.length_, tokens), state.length_, work, state.layers_);
-  state.length_ += tokens;
+  const RotaryTable angles = documents == 1 ? parts.rope.table(position, tokens) : parts.angles_of(state.lengths_);
+  parts.run(ids, angles, position, documents, work, state.layers_);
+  for (int64_t& length : state.lengths_) length += tokens / documents;
   return work.normed;
 }
 
@@ -279,6 +331,11 @@ at::Tensor Transformer::Parts::logits(const at::Tensor& hidden) const {
 at::Tensor Transformer::logits(const at::Tensor& hidden) const {
   const c10::InferenceMode inference;
   return parts_->logits(hidden).cpu();
+}
+
+at::Tensor Transformer::most_likely(const at::Tensor& hidden) const {
+  const c10::InferenceMode inference;
+  return parts_->logits(hidden).argmax(1).to(at::kInt).cpu();
 }
 
 std::vector<double> Transformer::losses(const at::Tensor& hidden, const at::Tensor& targets) const {

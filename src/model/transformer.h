@@ -23,6 +23,8 @@ namespace sparsek::model {
 
 struct LoadOptions {
   std::string path;  // a GGUF file, or a Hugging Face directory
+  // The model of the config.json at `path`, with weights that are made instead of read: for measuring a shape.
+  bool random_weights = false;
   AttentionRequest attention;
   // dtype: of activations and matrix products; kFloat computes everything in float32. A GPU computes in bfloat16.
   Placement placement = {};
@@ -30,6 +32,7 @@ struct LoadOptions {
   // Tokens that will be read and written in all, where somebody knows: dense attention's cache of so many must fit
   // before anything is loaded, and is allocated at once. Beyond them it grows.
   std::optional<int64_t> expected_tokens = {};
+  int64_t documents = 1;  // whose states of kind sparsek will exist at a time, for the same check
 };
 
 class Transformer {
@@ -49,14 +52,21 @@ class Transformer {
   at::Device device() const;
 
   DecodeState new_state() const;
+  // The documents of several states of this model side by side, in a copy: forward() then takes one token of each.
+  // Kind sparsek only (UsageError). Documents of different lengths must have filled their windows, unless the scorer is
+  // one that does not wait for that (key_norm, or an adapter whose alphas are 0).
+  DecodeState join(const std::vector<const DecodeState*>& states) const;
 
-  // ids: int32 [tokens] on the CPU, each in [0, vocab_size). Returns the final normalised hidden states [tokens, dim]
-  // on the model's device and advances the state. The result does not depend on how a document is cut into chunks (up
-  // to floating-point order).
+  // ids: int32 on the CPU, each in [0, vocab_size): [tokens], or [documents] for a state of several, one token of each.
+  // Returns the final normalised hidden states [ids, dim] on the model's device and advances the state. The result does
+  // not depend on how a document is cut into chunks, nor on the documents beside it (up to floating-point order).
   at::Tensor forward(const at::Tensor& ids, DecodeState& state) const;
 
   // hidden: [rows, dim] of forward(); float32 [rows, vocab_size], on the CPU.
   at::Tensor logits(const at::Tensor& hidden) const;
+
+  // The ids of each row's largest logit, chosen where the model is; int32 [rows] on the CPU.
+  at::Tensor most_likely(const at::Tensor& hidden) const;
 
   // Natural-log cross entropy of targets (int32 [rows]) row by row, without ever holding all logits.
   std::vector<double> losses(const at::Tensor& hidden, const at::Tensor& targets) const;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <span>
 
 #include "base/bf16.h"
 #include "base/error.h"
@@ -161,8 +162,13 @@ ops::PackedLinear load_plain_stack(const Checkpoint& checkpoint, const Stack& st
     at::parallel_for(0, rows, kRowsPerStep, [&](int64_t begin, int64_t end) {
       std::vector<float> values(columns);
       for (int64_t r = begin; r < end; ++r) {
-        dequantise(view.type, view.bytes.data() + r * row_bytes, columns, values.data());
+        const uint8_t* blocks = view.bytes.data() + r * row_bytes;
         uint8_t* out = bytes + (row + order(r)) * columns * element_bytes;
+        if (is_bf16 && view.type == WeightType::kBF16) {
+          std::memcpy(out, blocks, row_bytes);
+          continue;
+        }
+        dequantise(view.type, blocks, columns, values.data());
         if (is_bf16) {
           std::transform(values.begin(), values.end(), reinterpret_cast<BFloat16*>(out), to_bf16);
         } else {
@@ -224,16 +230,30 @@ const int* scale_offsets(WeightType type) {
     case WeightType::kQ6_K:
       return kLast;
     default:
-      return kFirst;  // Q4_0, Q8_0, and F16 itself
+      return kFirst;  // Q4_0, Q8_0
   }
 }
 
-// Whether every `width`-byte float at `offset` of every block has a finite exponent.
-bool all_finite(const uint8_t* blocks, int64_t count, int block_bytes, int offset, int width, uint32_t exponent) {
-  uint32_t bad = 0;
+// Whether the half-precision scale at `offset` of every block has a finite exponent.
+bool scales_finite(const uint8_t* blocks, int64_t count, int block_bytes, int offset) {
+  constexpr uint16_t kExponent = 0x7c00u;
+  bool finite = true;
   for (int64_t b = 0; b < count; ++b) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, blocks + b * block_bytes + offset, width);
+    uint16_t bits = 0;
+    std::memcpy(&bits, blocks + b * block_bytes + offset, sizeof bits);
+    finite = finite && (bits & kExponent) != kExponent;
+  }
+  return finite;
+}
+
+// Whether every plain float, with bits that are a T, has a finite exponent. A loop that compilers vectorise: files have
+// many gigabytes of them.
+template <class T>
+bool all_finite(std::span<const uint8_t> bytes, T exponent) {
+  T bad = 0;
+  for (size_t i = 0; i + sizeof(T) <= bytes.size(); i += sizeof(T)) {
+    T bits = 0;
+    std::memcpy(&bits, bytes.data() + i, sizeof(T));
     bad |= (bits & exponent) == exponent;
   }
   return bad == 0;
@@ -271,12 +291,14 @@ void check_finite(const WeightView& view, const std::string& source) {
   const int64_t count = view.num_elements() / blocks.block_elements;
   bool finite = true;
   if (view.type == WeightType::kF32) {
-    finite = all_finite(view.bytes.data(), count, 4, 0, 4, 0x7f800000u);
+    finite = all_finite<uint32_t>(view.bytes, 0x7f800000u);
   } else if (view.type == WeightType::kBF16) {
-    finite = all_finite(view.bytes.data(), count, 2, 0, 2, 0x7f80u);
+    finite = all_finite<uint16_t>(view.bytes, 0x7f80u);
+  } else if (view.type == WeightType::kF16) {
+    finite = all_finite<uint16_t>(view.bytes, 0x7c00u);
   } else {
     for (const int* offset = scale_offsets(view.type); *offset >= 0; ++offset) {
-      finite = finite && all_finite(view.bytes.data(), count, blocks.block_bytes, *offset, 2, 0x7c00u);
+      finite = finite && scales_finite(view.bytes.data(), count, blocks.block_bytes, *offset);
     }
   }
   if (!finite) {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace sparsek::ops {
 
@@ -67,6 +68,9 @@ struct AttentionStateOptions {
 };
 AttentionState new_attention_state(const AttentionStateOptions& options);
 int64_t size_in_bytes(const AttentionState& state);
+// The batch rows of several states behind each other, copied: states made with the same options but for batch, at least
+// one.
+AttentionState join(const std::vector<AttentionState>& states);
 
 // eq. 12-13: the chunk's (out, softmax_lse, new state). Functional and differentiable in q, k, v, scores and the state.
 // delayed_scores false: scores[t] belongs to the chunk's own token t (state.ring_scores carries those still in the

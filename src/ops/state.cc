@@ -3,6 +3,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/log.h>
 #include <ATen/ops/remainder.h>
@@ -164,6 +165,26 @@ int64_t size_in_bytes(const AttentionState& state) {
     if (tensor->defined()) bytes += static_cast<int64_t>(tensor->nbytes());
   }
   return bytes;
+}
+
+AttentionState join(const std::vector<AttentionState>& states) {
+  TORCH_CHECK_VALUE(!states.empty(), "join: expected at least one state, got none");
+  const auto rows = [&](Tensor AttentionState::* member) {
+    if (!(states.front().*member).defined()) return Tensor();
+    std::vector<Tensor> parts;
+    for (const AttentionState& state : states) parts.push_back(state.*member);
+    return at::cat(parts, 0);
+  };
+  return {.k = rows(&AttentionState::k),
+          .v = rows(&AttentionState::v),
+          .ring_k = rows(&AttentionState::ring_k),
+          .ring_scores = rows(&AttentionState::ring_scores),
+          .ring_mass = rows(&AttentionState::ring_mass),
+          .slot_scores = rows(&AttentionState::slot_scores),
+          .slot_positions = rows(&AttentionState::slot_positions),
+          .pool_scores = rows(&AttentionState::pool_scores),
+          .stats = rows(&AttentionState::stats),
+          .lengths = rows(&AttentionState::lengths)};
 }
 
 Tensor leaving_mass(const AttentionState& state, const AttentionOptions& options) {

@@ -8,6 +8,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/error.h"
@@ -237,6 +238,102 @@ TEST_F(TransformerTest, RepeatedStepsBelongToTheirState) {
   }
   EXPECT_LE(max_difference(interleaved[0], whole), 2e-4);
   EXPECT_LE(max_difference(interleaved[1], whole), 2e-4);
+}
+
+// Documents read one by one, then decoded side by side: the logits are those of each alone, whose state stays as it
+// was.
+TEST_F(TransformerTest, DocumentsSideBySideAreThoseOfEachAlone) {
+  const std::vector<AttentionRequest> requests = {
+      {.topk = 8, .window_size = 12, .num_sinks = 2},
+      {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .far_distance = 0, .scorer = "key_norm"},
+      {.scorer = adapter(/*alpha=*/0.7, /*hidden=*/6, /*timestep_norm=*/true)},
+  };
+  constexpr int64_t kSteps = 25;
+  for (const AttentionRequest& request : requests) {
+    for (const bool plain : {false, true}) {
+      for (const std::vector<int64_t>& lengths : std::vector<std::vector<int64_t>>{{5, 5, 5}, {13, 47, 30}}) {
+        const Transformer model = load(request, at::kFloat, plain);
+        const std::string what =
+            describe(model.attention()) + (plain ? " plain " : " ") + testing::PrintToString(lengths);
+        std::vector<int32_t> ids = random_ids(300);
+        std::vector<DecodeState> states;
+        std::vector<const DecodeState*> alone;
+        for (size_t d = 0; d < lengths.size(); ++d) {
+          states.push_back(model.new_state());
+          model.forward(as_tensor(ids, static_cast<int64_t>(d) * 100, lengths[d]), states[d]);
+        }
+        for (const DecodeState& state : states) alone.push_back(&state);
+        DecodeState together = model.join(alone);
+        ASSERT_EQ(together.documents(), 3);
+        EXPECT_EQ(together.size_in_bytes(), 3 * states[0].size_in_bytes());
+        std::vector<std::vector<float>> joined(lengths.size()), expected(lengths.size());
+        for (int64_t t = 0; t < kSteps; ++t) {
+          std::vector<int32_t> next;
+          for (size_t d = 0; d < lengths.size(); ++d) next.push_back(ids[d * 100 + lengths[d] + t]);
+          const at::Tensor hidden = model.forward(as_tensor(next, 0, 3), together);
+          const at::Tensor logits = model.logits(hidden), likely = model.most_likely(hidden);
+          for (int64_t d = 0; d < 3; ++d) {
+            const float* row = logits.const_data_ptr<float>() + d * 61;
+            joined[d].insert(joined[d].end(), row, row + 61);
+            EXPECT_EQ(likely.const_data_ptr<int32_t>()[d], std::max_element(row, row + 61) - row);
+          }
+        }
+        EXPECT_EQ(together.length(), *std::min_element(lengths.begin(), lengths.end()) + kSteps);
+        for (size_t d = 0; d < lengths.size(); ++d) {
+          for (int64_t t = 0; t < kSteps; ++t) {
+            const int64_t at = static_cast<int64_t>(d) * 100 + lengths[d] + t;
+            const at::Tensor logits = model.logits(model.forward(as_tensor(ids, at, 1), states[d]));
+            const float* row = logits.const_data_ptr<float>();
+            expected[d].insert(expected[d].end(), row, row + 61);
+          }
+          EXPECT_LE(max_difference(joined[d], expected[d]), 2e-4) << what << " document " << d;
+        }
+        EXPECT_GT(max_difference(joined[0], joined[1]), 0.1);
+      }
+    }
+  }
+}
+
+TEST_F(TransformerTest, DocumentsThatCannotBeSideBySideAreRefused) {
+  std::vector<int32_t> ids = random_ids(40);
+  const Transformer dense = load({.kind = AttentionKind::kDense});
+  const DecodeState cache = dense.new_state();
+  EXPECT_THAT(message_of<UsageError>([&] { dense.join({&cache, &cache}); }),
+              AllOf(HasSubstr("sparsek"), HasSubstr("dense")));
+
+  const Transformer model = load({.topk = 8, .window_size = 12, .num_sinks = 2});
+  DecodeState first = model.new_state(), longer = model.new_state();
+  model.forward(as_tensor(ids, 0, 5), first);
+  model.forward(as_tensor(ids, 0, 30), longer);
+  const auto message = [](const std::function<void()>& action) { return message_of<c10::Error>(action); };
+  EXPECT_THAT(message([&] { model.join({&first, &longer}); }), AllOf(HasSubstr("12"), HasSubstr("5 and 30 tokens")));
+  EXPECT_THAT(message([&] { model.join({}); }), HasSubstr("none"));
+  DecodeState both = model.join({&first, &first});
+  EXPECT_THAT(message([&] { model.forward(as_tensor(ids, 0, 3), both); }),
+              AllOf(HasSubstr("2 documents"), HasSubstr("3 tokens")));
+}
+
+TEST(RandomWeights, MakeAModelOfAConfigAlone) {
+  const TemporaryFolder folder;
+  test::tiny_llama().write(folder.path());
+  std::filesystem::remove(folder.file("model.safetensors"));
+  std::vector<int32_t> ids = random_ids(40);
+  for (const bool plain : {false, true}) {
+    const Transformer model = Transformer::load(
+        {.path = folder.file("config.json"), .random_weights = true, .attention = {}, .placement = {.plain = plain}});
+    EXPECT_EQ(model.weight_bytes(),
+              planned_weight_bytes(Checkpoint::random(folder.file("config.json")), {.plain = plain}));
+    const std::vector<float> logits = read(model, ids, {40});
+    const auto [least, most] = std::minmax_element(logits.begin(), logits.end());
+    EXPECT_GT(*most - *least, 0.1);
+    EXPECT_TRUE(std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }));
+  }
+  const Checkpoint checkpoint = Checkpoint::random(folder.file("config.json"));
+  const at::Tensor down = load_weights(checkpoint, {.plain = true}).layers[1].down.plain;
+  const WeightView wanted = checkpoint.weight(WeightId::kDown, 1);
+  ASSERT_EQ(down.nbytes(), wanted.bytes.size());
+  EXPECT_EQ(std::memcmp(down.const_data_ptr(), wanted.bytes.data(), down.nbytes()), 0);
+  EXPECT_THAT(message_of<DataError>([&] { Checkpoint::random(folder.file("none.json")); }), HasSubstr("none.json"));
 }
 
 TEST_F(TransformerTest, PlainWeightsTakeTheBytesThatWerePlanned) {

@@ -32,6 +32,22 @@ def test_model():
     assert len(run(*MODEL).stdout.splitlines()) == 3
 
 
+def test_documents_side_by_side_of_a_shape(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("bench", "model", "--model", tmp_path / "config.json", "--random-weights", "--context", "5,20", "--batch", "1,3,3",
+                 "--decode-tokens", 4, "--repeats", 2, "--topk", 8, "--window", 8, "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    rows = json.loads(result.stdout)["results"]
+    assert [(row["context"], row["batch"]) for row in rows] == [(5, 3), (5, 1), (20, 3), (20, 1)]
+    assert rows[0]["state_bytes"] == 3 * rows[1]["state_bytes"]
+    for row in rows:
+        assert 0 < row["decode_step_ms"]["min"] <= row["decode_step_ms"]["median"] <= row["decode_step_ms"]["max"]
+        assert 0 < row["read_seconds"]["min"] <= row["read_seconds"]["max"]
+    fails(1, "bench", "model", "--model", tmp_path, "--random-weights", mentions=[str(tmp_path)])
+
+
 @pytest.mark.parametrize("command, options, mentions", [
     (ATTENTION, ["--scores", "falling"], ["--scores", "falling", "rising"]),
     (ATTENTION, ["--repeats", "0"], ["--repeats", "0"]),
@@ -57,6 +73,10 @@ def test_model():
     (ATTENTION, ["--context", "8"], ["--context"]),
     (MODEL, ["--context", "8,0"], ["--context", "0"]),
     (MODEL, ["--decode-tokens", "0"], ["--decode-tokens", "0"]),
+    (MODEL, ["--repeats", "0"], ["--repeats", "0"]),
+    (MODEL, ["--batch", "1,0"], ["--batch", "0"]),
+    (MODEL, ["--batch", "65537"], ["--batch", "65537", "65536"]),
+    (["bench", "model", "--model", "smollm2", "--attention", "dense"], ["--batch", "2"], ["--batch", "sparsek", "dense"]),
     (MODEL, ["--chunk", "0"], ["--chunk", "0"]),
     (MODEL, ["--threads", "2000"], ["--threads", "2000"]),
     (MODEL, ["--dtype", "f8"], ["--dtype", "f8"]),
