@@ -169,7 +169,8 @@ struct QueryGradient {
     }
     __syncthreads();
     if (thread > tile.last - tile.first) return;
-    float sum = 0;
+    const float tau = s.tile.tau[thread * p.group];
+    float sum = tau != tau ? tau : 0.0f;  // a NaN in tau makes its row's gradients NaN
     for (int g = 0; g < p.group; ++g) sum += s.h[thread * p.group + g];
     p.h_query[static_cast<int64_t>(tile.head) * p.fwd.seqlen_q + tile.first + thread] = sum;
   }
