@@ -337,6 +337,20 @@ def test_bad_inputs(name: str) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before  # nothing was begun
 
 
+def test_out_of_memory_says_what_was_wanted() -> None:
+    scores = torch.randn(1, 200_000, 2, device=DEVICE)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(DEVICE).total_memory)
+    try:
+        wanted = r"sparsek: select could not allocate \d{7,} bytes \(\w+ \[[\d, ]+\]\) on cuda:0, where \d+ of \d+ bytes are free"
+        with pytest.raises(RuntimeError, match=wanted):
+            sparsek.select(scores, topk=4, window_size=5, pool_size=0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert sparsek.select(scores, topk=4, window_size=5)[0].shape == scores.shape
+
+
 def test_bad_inputs_of_the_parts() -> None:
     x = on_gpu(make(Case(seqlen=100)), BF16)
     with pytest.raises(ValueError, match="scores must be Float on a GPU, got Double"):
