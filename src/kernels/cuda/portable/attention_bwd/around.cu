@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const __grid_constant
     const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const float2 u = unpack(xs[n], T()), v = unpack(ys[n], T());
+      const float2 u = ptx::unpack<T>(xs[n]), v = ptx::unpack<T>(ys[n]);
       sum += u.x * v.x + u.y * v.y;
     }
   }

@@ -91,7 +91,7 @@ struct QueryGradient {
     for (int m = 0; m < 8; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        ds[0][m / 2][m % 2 * 2 + r] = pack<T>(x[0][m][2 * r] * (dp[0][m][2 * r] - delta[r]),
+        ds[0][m / 2][m % 2 * 2 + r] = ptx::pack<T>(x[0][m][2 * r] * (dp[0][m][2 * r] - delta[r]),
                                               x[0][m][2 * r + 1] * (dp[0][m][2 * r + 1] - delta[r]));
       }
     }
