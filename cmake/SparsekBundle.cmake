@@ -4,7 +4,7 @@
 # What the prebuilt CUDA libraries were made from: one hash over all their sources.
 function(sparsek_cuda_fingerprint root result)
   file(GLOB_RECURSE sources RELATIVE ${root} ${root}/src/kernels/cuda/* ${root}/src/ops/cuda/* ${root}/src/kernels/params.h
-       ${root}/src/base/dtype.h ${root}/src/ops/far_lists.h)
+       ${root}/src/base/dtype.h ${root}/src/ops/far_lists.h ${root}/src/ops/row_params.h)
   list(SORT sources)
   set(hashes "")
   foreach(source ${sources})

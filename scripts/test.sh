@@ -15,9 +15,9 @@ ctest --test-dir build/release --output-on-failure -j 1
 
 say "CUDA kernels (their tests skip themselves without a GPU)"
 cmake --preset cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
-ninja -C build/cuda -j "$jobs" bundled
+ninja -C build/cuda -j "$jobs" bundled cuda_shared_memory_test
 .venv/bin/python tests/kernels/cuda/check_machine_code.py build/cuda
-ctest --test-dir build/cuda --output-on-failure -j 1 -L gpu
+ctest --test-dir build/cuda --output-on-failure -j 1 -R "^cuda_"
 
 say "Python tests"
 SPARSEK_BUILD_DIR="$PWD/build/release" .venv/bin/python -m pytest -q -x tests/python

@@ -119,7 +119,9 @@ int main(int argc, char** argv) {
   fwd.scores = rows.row_scores, fwd.tau = select.tau, fwd.far_begin = rows.far_begin, fwd.far_end = rows.far_end;
   fwd.batch = 1, fwd.seqlen_q = fwd.seqlen_k = seqlen, fwd.num_heads = heads, fwd.num_kv_heads = kv_heads;
   void* const lists_workspace = device<uint8_t>(cuda::live_lists_workspace_bytes(fwd, kChunk));
-  time_of("live_lists", repeats, [&] { cuda::live_lists(fwd, kChunk, rows.live, lists_workspace, nullptr); });
+  float* const checked_tau = device<float>(size);
+  time_of("live_lists", repeats,
+          [&] { cuda::live_lists(fwd, kChunk, rows.live, checked_tau, lists_workspace, nullptr); });
 
   VisibilityParams visible{};
   visible.dtype = DType::kF32;

@@ -208,7 +208,8 @@ def attention_forward(
 
     Args:
         tau, expiry, frac_begin, frac_end: what `select` returned for the same scores, window_size and num_sinks.
-        topk: the selection's, which a GPU must be told.
+        topk: the selection's, which a GPU must be told: it lays out memory by it. Where a smaller one leaves no room for
+            keys, their queries' out, softmax_lse and gradients are NaN.
         The rest: as in `attention`.
     """
     return _ops.attention_forward(

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <exception>
+#include <optional>
 #include <utility>
 
 #ifdef SPARSEK_TORCH_CUDA  // the torch of this build has CUDA
@@ -33,7 +35,7 @@ class GraphStep final : public RecordedStep {
       warm_up();
     } else {
       if (!recorded_) record();
-      graph_.replay();
+      graph_->replay();
     }
   }
 
@@ -49,15 +51,31 @@ class GraphStep final : public RecordedStep {
   void record() {
     c10::cuda::getCurrentCUDAStream(stream_.device_index()).synchronize();
     const c10::cuda::CUDAStreamGuard guard(stream_);
-    graph_.capture_begin();
-    work_();
-    graph_.capture_end();
+    graph_.emplace();
+    graph_->capture_begin();
+    try {
+      work_();
+    } catch (...) {
+      end_capture();
+      throw;
+    }
+    graph_->capture_end();
     recorded_ = true;
+  }
+
+  // An open capture would fail every later call on the device. Ending one that the work has broken is itself an error:
+  // the work's own is the one to report.
+  void end_capture() {
+    try {
+      graph_->capture_end();
+    } catch (const std::exception&) {
+    }
+    graph_.reset();
   }
 
   std::function<void()> work_;
   c10::cuda::CUDAStream stream_;
-  at::cuda::CUDAGraph graph_;
+  std::optional<at::cuda::CUDAGraph> graph_;
   bool warmed_up_ = false, recorded_ = false;
 };
 #endif

@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/select/chunk_visibility.h"
 #include "ops/checks.h"
+#include "ops/row_params.h"
 #include "ops/tensors.h"
 
 namespace sparsek::ops {
@@ -27,6 +28,10 @@ void check(const Tensor& scores, const Tensor& tau, const Tensor& expiry, const 
   check_tensor({"frac_end", frac_end, layout}, {sizes[0], sizes[1], sizes[2]}, at::kInt, like);
   check_cu_seqlens(cu_seqlens, "scores", scores);
   check_window(window_size, num_sinks);
+}
+
+int32_t num_documents(const MaybeTensor& cu_seqlens) {
+  return given(cu_seqlens) ? checked_int32("documents", cu_seqlens->size(0) - 1) : 1;
 }
 
 Tensors7 allocate(const Tensor& scores) {
@@ -54,32 +59,9 @@ Tensors7 visibility_cpu(const Tensor& scores, const Tensor& tau, const Tensor& e
   check_cu_seqlens_values(cu_seqlens, scores.size(1));
   const Tensor ends = expiry.contiguous(), begins = frac_begin.contiguous(), frac_ends = frac_end.contiguous();
   Tensors7 outputs = allocate(scores);
-  auto& [row_scores, row_tau, window_begin, far_begin, far_end, row_frac_begin, row_frac_end] = outputs;
-  VisibilityParams params{};
-  params.dtype = dtype_of(scores);
-  params.scores = scores.const_data_ptr();
-  params.tau = tau.const_data_ptr();
-  params.expiry = int32_data(ends);
-  params.frac_begin = int32_data(begins);
-  params.frac_end = int32_data(frac_ends);
-  params.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  params.scores_strides = strides_of(scores);
-  params.tau_strides = strides_of(tau);
-  params.index_strides = strides_of(ends);
-  params.row_scores = row_scores.data_ptr();
-  params.row_tau = row_tau.data_ptr();
-  params.window_begin = window_begin.data_ptr<int32_t>();
-  params.far_begin = far_begin.data_ptr<int32_t>();
-  params.far_end = far_end.data_ptr<int32_t>();
-  params.row_frac_begin = row_frac_begin.data_ptr<int32_t>();
-  params.row_frac_end = row_frac_end.data_ptr<int32_t>();
-  params.batch = checked_int32("batch", scores.size(0));
-  params.seqlen = checked_int32("seqlen", scores.size(1));
-  params.num_kv_heads = checked_int32("num_kv_heads", scores.size(2));
-  params.num_documents = given(cu_seqlens) ? checked_int32("documents", cu_seqlens->size(0) - 1) : 1;
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  cpu::visibility(params);
+  cpu::visibility(visibility_params(dtype_of(scores), scores, tau, ends, begins, frac_ends,
+                                    data_or_null<int32_t>(cu_seqlens), num_documents(cu_seqlens), window_size,
+                                    num_sinks, outputs, checked_int32));
   return outputs;
 }
 
@@ -159,34 +141,9 @@ Tensors8 chunk_visibility_cpu(const Tensor& lengths, const Tensor& slot_expiry, 
   check_indices("arrival_frac_end", arrival_frac_end, chunk);
   check_indices("new_slot_source", new_slot_source, topk);
   Tensors8 outputs = allocate_chunk(lengths, new_slot_source, pool_frac_begin, arrival_expiry, window_size, num_sinks);
-  auto& [window_begin, far_begin, far_end, frac_begin, frac_end, is_sink, carried_source, state_source] = outputs;
-  ChunkVisibilityParams params{};
-  params.lengths = lengths.const_data_ptr<int64_t>();
-  params.slot_expiry = int32_data(slot_expiry);
-  params.slot_frac_begin = int32_data(slot_frac_begin);
-  params.slot_frac_end = int32_data(slot_frac_end);
-  params.pool_frac_begin = int32_data(pool_frac_begin);
-  params.pool_frac_end = int32_data(pool_frac_end);
-  params.arrival_expiry = int32_data(arrival_expiry);
-  params.arrival_frac_begin = int32_data(arrival_frac_begin);
-  params.arrival_frac_end = int32_data(arrival_frac_end);
-  params.new_slot_source = int32_data(new_slot_source);
-  params.window_begin = window_begin.data_ptr<int32_t>();
-  params.far_begin = far_begin.data_ptr<int32_t>();
-  params.far_end = far_end.data_ptr<int32_t>();
-  params.frac_begin = frac_begin.data_ptr<int32_t>();
-  params.frac_end = frac_end.data_ptr<int32_t>();
-  params.is_sink = is_sink.data_ptr<bool>();
-  params.carried_source = carried_source.data_ptr<int64_t>();
-  params.state_source = state_source.data_ptr<int64_t>();
-  params.batch = checked_int32("batch", batch);
-  params.chunk = checked_int32("chunk", chunk);
-  params.num_kv_heads = checked_int32("num_kv_heads", heads);
-  params.topk = checked_int32("topk", topk);
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  params.pool_capacity = checked_int32("pool_capacity", pool);
-  cpu::chunk_visibility(params);
+  cpu::chunk_visibility(chunk_visibility_params(lengths, slot_expiry, slot_frac_begin, slot_frac_end, pool_frac_begin,
+                                                pool_frac_end, arrival_expiry, arrival_frac_begin, arrival_frac_end,
+                                                new_slot_source, window_size, num_sinks, outputs, checked_int32));
   return outputs;
 }
 
@@ -212,20 +169,8 @@ Tensors4 window_rows_cpu(const Tensor& q, const MaybeTensor& lengths, const Mayb
     check_lengths_values(*lengths);
   }
   Tensors4 outputs = allocate_window(q, lengths, window_size, num_sinks);
-  auto& [window_begin, far_begin, far_end, num_queries] = outputs;
-  WindowRowsParams params{};
-  params.lengths = data_or_null<int64_t>(lengths);
-  params.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  params.window_begin = window_begin.data_ptr<int32_t>();
-  params.far_begin = far_begin.data_ptr<int32_t>();
-  params.far_end = far_end.data_ptr<int32_t>();
-  params.num_queries = num_queries.data_ptr<int32_t>();
-  params.batch = checked_int32("batch", q.size(0));
-  params.seqlen = checked_int32("seqlen", q.size(1));
-  params.num_documents = given(cu_seqlens) ? checked_int32("documents", cu_seqlens->size(0) - 1) : 1;
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  cpu::window_rows(params);
+  cpu::window_rows(window_rows_params(q, data_or_null<int64_t>(lengths), data_or_null<int32_t>(cu_seqlens),
+                                      num_documents(cu_seqlens), window_size, num_sinks, outputs, checked_int32));
   return outputs;
 }
 

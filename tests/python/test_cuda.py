@@ -129,6 +129,38 @@ def test_a_kept_selection_gives_the_same(name: str) -> None:
     assert_gradients_close(gradients(parts, x, weights), right, case.dtype)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_too_small_a_topk_gives_nan_and_not_less_attention(deterministic: bool) -> None:
+    """attention_forward lays out its lists, of 1,024 queries here, by topk: rows beyond that may not be lost in silence."""
+    case = Case(seqlen=4000, topk=1500, window_size=16, num_heads=2, num_kv_heads=2, num_sinks=2)
+    x = on_gpu(make(case), case.dtype, requires_grad=True)
+    kept = sparsek.select(x.scores.detach(), **case.selection())
+    keywords = dict(window_size=case.window_size, num_sinks=case.num_sinks, deterministic=deterministic)
+    right = sparsek.attention_forward(x.q, x.k, x.v, x.scores, *kept, **keywords, topk=case.topk)
+    assert not any(t.isnan().any() for t in right)
+    out, lse = sparsek.attention_forward(x.q, x.k, x.v, x.scores, *kept, **keywords, topk=4)
+    # Queries below 1,024 see less than their list has room for; every later list has more rows than topk + 1,024.
+    assert_rows_close("out", out[:, :1024], right[0][:, :1024], 0.004)
+    torch.testing.assert_close(lse[..., :1024], right[1][..., :1024], rtol=1e-5, atol=1e-5)
+    assert out[:, 1024:].isnan().all() and lse[..., 1024:].isnan().all()
+    for name, gradient in gradients((out, lse), x, (torch.randn_like(out), torch.randn_like(lse))).items():
+        assert gradient.isnan().any(), name
+
+    # The backward may be called by itself, with numbers of a call that had room.
+    rows = torch.ops.sparsek._visibility(
+        x.scores.detach(), *kept, window_size=case.window_size, num_sinks=case.num_sinks
+    )
+    parts = [t.detach() for t in (x.q, x.k, x.v)]
+    common = dict(gate="soft", softmax_scale=0.1, deterministic=deterministic)
+    done = torch.ops.sparsek._attention_rows(*parts, None, None, *rows, **common, max_far=case.topk + 2)
+    dout = torch.randn_like(done[0])
+    dq, dk, dv, _, _, dscores = torch.ops.sparsek.attention_backward(
+        dout, None, *parts, None, None, *rows, *done, **common, max_far=6
+    )
+    assert not dq[:, :1024].isnan().any() and dq[:, 1024:].isnan().all()
+    assert all(t.isnan().any() for t in (dk, dv, dscores))
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """A view that is contiguous nowhere but in its last dimension, NaN between its rows."""
     base = torch.full([2 * n for n in tensor.shape[:-1]] + [tensor.shape[-1]], torch.nan, dtype=tensor.dtype, device=DEVICE)

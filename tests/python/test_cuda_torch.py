@@ -337,6 +337,20 @@ def test_bad_inputs(name: str) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before  # nothing was begun
 
 
+def test_out_of_memory_says_what_was_wanted() -> None:
+    scores = torch.randn(1, 200_000, 2, device=DEVICE)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 2**20
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(DEVICE).total_memory)
+    try:
+        wanted = r"sparsek: select could not allocate \d{7,} bytes \(\w+ \[[\d, ]+\]\) on cuda:0, where \d+ of \d+ bytes are free"
+        with pytest.raises(RuntimeError, match=wanted):
+            sparsek.select(scores, topk=4, window_size=5, pool_size=0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert sparsek.select(scores, topk=4, window_size=5)[0].shape == scores.shape
+
+
 def test_bad_inputs_of_the_parts() -> None:
     x = on_gpu(make(Case(seqlen=100)), BF16)
     with pytest.raises(ValueError, match="scores must be Float on a GPU, got Double"):
@@ -352,8 +366,11 @@ def test_bad_inputs_of_the_parts() -> None:
         sparsek.attention_forward(x.q, x.k, x.v, x.scores, kept[0].cpu(), *kept[1:], window_size=5, topk=4)
     *rows, lists = ops._select_rows(x.scores, topk=4, window_size=5, far_lists_group=2)
     keywords = dict(gate="soft", softmax_scale=0.1, deterministic=False)
-    with pytest.raises(ValueError, match="far_lists must hold at least"):
+    made = re.escape(f"far_lists must be what _select_rows made for these rows, {lists.numel()} values for max_far 4, 100 ")
+    with pytest.raises(ValueError, match=made + ".*got 7 values and 100 key rows"):
         ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords, max_far=4, far_lists=lists[:7])
+    with pytest.raises(ValueError, match=f"values for max_far 3, .*got {lists.numel()} values"):
+        ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords, max_far=3, far_lists=lists)
     with pytest.raises(ValueError, match="max_far, the most far rows that a query sees, must be given"):
         ops._attention_rows(x.q, x.k, x.v, None, None, *rows, **keywords)
     with pytest.raises(ValueError, match=re.escape("max_far must be between 0 and 2^30, got -1")):

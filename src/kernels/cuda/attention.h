@@ -30,7 +30,8 @@ int attention_chunk(int group);
 int attention_max_far(KernelSet set, int group, bool forward_only);
 
 // `live`: as select makes it. Rows of a batch row's q, k, v, out and their gradients are 16-byte aligned. A NaN in tau
-// makes its rows NaN.
+// makes its rows NaN, and their gradients. So does, tile by tile, a query that sees more than live.max_far rows where
+// the sm90 kernels have no room for them.
 void attention_forward(const AttentionFwdParams& params, const LiveLists& live, cudaStream_t stream,
                        KernelChoice choice = KernelChoice::kAutomatic);
 

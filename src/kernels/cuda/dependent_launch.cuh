@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/kernel_choice.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/shared_memory.h"
 
 namespace sparsek::cuda {
 
@@ -27,11 +27,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 template <class... Params, class... Arguments>
 void launch_behind(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "cudaFuncSetAttribute");
-  }
+  if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, static_cast<int64_t>(shared_bytes));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -18,7 +18,8 @@ struct LiveLists {
   int32_t* count;    // [batch * num_kv_heads, num_chunks]
   int32_t* classes;  // [batch * num_kv_heads, num_chunks, 2] where the first and the second kind end
   int32_t capacity;  // at least topk + num_sinks + chunk, or seqlen_k where that is less
-  int32_t max_far;   // the most far rows that one query sees: topk + num_sinks, not cut off at seqlen_k
+  int32_t max_far;   // the most far rows that one query sees: topk + num_sinks, not cut off at seqlen_k. What a caller
+                     // promises: rows that break it give NaN, never less attention (attention.h, rows/live_lists.h)
 };
 
 }  // namespace sparsek::cuda

@@ -3,6 +3,7 @@
 #include "kernels/cuda/rows/live_lists.h"
 #include "ops/cuda/checks.h"
 #include "ops/cuda/far_lists.h"
+#include "ops/far_lists.h"
 
 namespace sparsek::ops::cuda {
 namespace {
@@ -123,12 +124,13 @@ struct Rows {
   }
 };
 
-// The rows' lists: those given, or made here, which takes memory by max_far.
+// The rows' lists: those given, or made here, which takes memory by max_far. Rows of which a query sees more than that
+// may overflow them: such queries get a NaN as tau, in a copy, and so NaN as output and gradients.
 struct Lists {
-  MaybeTensor memory, workspace;
+  MaybeTensor memory, checked_tau, workspace;
   sparsek::cuda::LiveLists lists{};
 
-  Lists(const Rows& rows, std::optional<int64_t> max_far, const MaybeTensor& far_lists, const OnDevice& here) {
+  Lists(Rows& rows, std::optional<int64_t> max_far, const MaybeTensor& far_lists, const OnDevice& here) {
     check_value(max_far.has_value(), "max_far, the most far rows that a query sees, must be given on a GPU");
     const int chunk = sparsek::cuda::attention_chunk(static_cast<int>(rows.num_heads / rows.num_kv_heads));
     check_value(*max_far >= 0 && *max_far <= int64_t{1} << 30, "max_far must be between 0 and 2^30, got ", *max_far);
@@ -136,13 +138,21 @@ struct Lists {
     if (given(far_lists) && far_lists->numel() > 0) {
       check_tensor({"far_lists", *far_lists, "[size]"}, {far_lists->numel()}, ScalarType::Int, {"q", rows.q, kQueries});
       check_contiguous({"far_lists", *far_lists, "[size]"});
+      const int64_t made = far_lists_size(rows.batch, rows.num_kv_heads, rows.seqlen_q, *max_far);
+      check_value(far_lists->numel() == made && rows.seqlen_k == rows.seqlen_q,
+                  "far_lists must be what _select_rows made for these rows, ", made, " values for max_far ", *max_far,
+                  ", ", rows.seqlen_q, " queries and as many key rows, got ", far_lists->numel(), " values and ",
+                  rows.seqlen_k, " key rows");
       lists = sizes.in(*far_lists);
       return;
     }
     memory = empty({sizes.size()}, ScalarType::Int, rows.q);
     lists = sizes.in(*memory);
+    checked_tau = new_like(rows.tau);
     workspace = here.workspace(sparsek::cuda::live_lists_workspace_bytes(rows.params, chunk));
-    sparsek::cuda::live_lists(rows.params, chunk, lists, workspace->mutable_data_ptr(), here.stream());
+    sparsek::cuda::live_lists(rows.params, chunk, lists, data<float>(*checked_tau), workspace->mutable_data_ptr(),
+                              here.stream());
+    rows.params.tau = checked_tau->const_data_ptr();
   }
 };
 
@@ -197,6 +207,7 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
   const Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v), dscores = new_like(row_scores);
   const Tensor dq_far = rows.far ? new_like(q) : none(), dk_far = rows.far ? new_like(k) : none();
   AttentionBwdParams params{};
+  const Lists lists(rows, max_far, far_lists, here);
   params.fwd = rows.params;
   params.dout = douts.const_data_ptr();
   params.dlse = data_or_null<void>(dlses);
@@ -211,7 +222,6 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
   params.dout_strides = rows.params.out_strides;
   params.num_pool_rows = checked_int32("pool rows", rows.num_pool_rows);
   params.deterministic = deterministic;
-  const Lists lists(rows, max_far, far_lists, here);
   const Tensor workspace = here.workspace(sparsek::cuda::attention_backward_workspace_bytes(params, lists.lists));
   sparsek::cuda::attention_backward(params, lists.lists, workspace.mutable_data_ptr(), here.stream());
   return {dq, dk, dv, dq_far, dk_far, dscores};

@@ -1,6 +1,7 @@
 // The inside of `far_lists` (ops/far_lists.h): rows | count | classes of kernels/cuda/live_rows.h, one after the other.
 #pragma once
 #include <algorithm>
+#include <cassert>
 
 #include "kernels/cuda/live_rows.h"
 #include "ops/cuda/checks.h"
@@ -18,8 +19,7 @@ struct FarLists {
   int64_t size() const { return num_lists * (4 * capacity + 3); }  // in int32 values
 
   sparsek::cuda::LiveLists in(const Tensor& tensor) const {
-    check_value(tensor.numel() >= size(), "far_lists must hold at least ", size(), " values for these rows, got ",
-                tensor.numel());
+    assert(tensor.numel() >= size());
     auto* const rows = data<sparsek::cuda::LiveRow>(tensor);
     auto* const count = reinterpret_cast<int32_t*>(rows + num_lists * capacity);
     return {rows, count, count + num_lists, checked_int32("far rows of a list", capacity),

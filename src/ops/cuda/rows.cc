@@ -1,6 +1,7 @@
 // _visibility, _chunk_visibility and _window_rows on the GPU: from a selection to the rows that attention reads.
 #include "kernels/cuda/rows/visibility.h"
 #include "ops/cuda/checks.h"
+#include "ops/row_params.h"
 
 namespace sparsek::ops::cuda {
 namespace {
@@ -27,35 +28,12 @@ Tensors7 visibility(const Tensor& scores, const Tensor& tau, const Tensor& expir
   const Tensor ends = as_contiguous(expiry), begins = as_contiguous(frac_begin), frac_ends = as_contiguous(frac_end);
   const auto indices = [&] { return empty({batch, heads, seqlen}, ScalarType::Int, scores); };
   const auto values = [&] { return empty({batch, heads, seqlen}, ScalarType::Float, scores); };
-  const Tensor row_scores = values(), row_tau = values(), far_begin = indices(), far_end = indices();
-  const Tensor row_frac_begin = indices(), row_frac_end = indices();
-  const Tensor window_begin = empty({batch, seqlen}, ScalarType::Int, scores);
-  VisibilityParams params{};
-  params.dtype = DType::kF32;
-  params.scores = scores.const_data_ptr();
-  params.tau = tau.const_data_ptr();
-  params.expiry = const_data<int32_t>(ends);
-  params.frac_begin = const_data<int32_t>(begins);
-  params.frac_end = const_data<int32_t>(frac_ends);
-  params.cu_seqlens = documents.cu_seqlens;
-  params.scores_strides = strides_of(scores);
-  params.tau_strides = strides_of(tau);
-  params.index_strides = strides_of(ends);
-  params.row_scores = row_scores.mutable_data_ptr();
-  params.row_tau = row_tau.mutable_data_ptr();
-  params.window_begin = data<int32_t>(window_begin);
-  params.far_begin = data<int32_t>(far_begin);
-  params.far_end = data<int32_t>(far_end);
-  params.row_frac_begin = data<int32_t>(row_frac_begin);
-  params.row_frac_end = data<int32_t>(row_frac_end);
-  params.batch = checked_int32("batch", batch);
-  params.seqlen = checked_int32("seqlen", seqlen);
-  params.num_kv_heads = checked_int32("num_kv_heads", heads);
-  params.num_documents = documents.count;
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  sparsek::cuda::visibility(params, here.stream());
-  return {row_scores, row_tau, window_begin, far_begin, far_end, row_frac_begin, row_frac_end};
+  const Tensors7 outputs{values(),  values(), empty({batch, seqlen}, ScalarType::Int, scores), indices(), indices(),
+                         indices(), indices()};
+  sparsek::cuda::visibility(visibility_params(DType::kF32, scores, tau, ends, begins, frac_ends, documents.cu_seqlens,
+                                              documents.count, window_size, num_sinks, outputs, checked_int32),
+                            here.stream());
+  return outputs;
 }
 
 Tensors8 chunk_visibility(const Tensor& lengths, const Tensor& slot_expiry, const Tensor& slot_frac_begin,
@@ -90,40 +68,20 @@ Tensors8 chunk_visibility(const Tensor& lengths, const Tensor& slot_expiry, cons
   check("new_slot_source", new_slot_source, topk);
   const OnDevice here(lengths);
   const auto indices = [&](int64_t size) { return empty({batch, heads, size}, ScalarType::Int, lengths); };
-  const Tensor window_begin = empty({batch, chunk}, ScalarType::Int, lengths);
-  const Tensor far_begin = indices(rows), far_end = indices(rows);
-  const Tensor frac_begin = indices(pool + rows), frac_end = indices(pool + rows);
-  const Tensor is_sink = empty({batch, rows}, ScalarType::Bool, lengths);
-  const Tensor carried_source = empty({batch, carried, heads}, ScalarType::Long, lengths);
-  const Tensor state_source = empty({batch, heads, carried}, ScalarType::Long, lengths);
-  ChunkVisibilityParams params{};
-  params.lengths = const_data<int64_t>(lengths);
-  params.slot_expiry = const_data<int32_t>(slot_expiry);
-  params.slot_frac_begin = const_data<int32_t>(slot_frac_begin);
-  params.slot_frac_end = const_data<int32_t>(slot_frac_end);
-  params.pool_frac_begin = const_data<int32_t>(pool_frac_begin);
-  params.pool_frac_end = const_data<int32_t>(pool_frac_end);
-  params.arrival_expiry = const_data<int32_t>(arrival_expiry);
-  params.arrival_frac_begin = const_data<int32_t>(arrival_frac_begin);
-  params.arrival_frac_end = const_data<int32_t>(arrival_frac_end);
-  params.new_slot_source = const_data<int32_t>(new_slot_source);
-  params.window_begin = data<int32_t>(window_begin);
-  params.far_begin = data<int32_t>(far_begin);
-  params.far_end = data<int32_t>(far_end);
-  params.frac_begin = data<int32_t>(frac_begin);
-  params.frac_end = data<int32_t>(frac_end);
-  params.is_sink = data<bool>(is_sink);
-  params.carried_source = data<int64_t>(carried_source);
-  params.state_source = data<int64_t>(state_source);
-  params.batch = checked_int32("batch", batch);
-  params.chunk = checked_int32("chunk", chunk);
-  params.num_kv_heads = checked_int32("num_kv_heads", heads);
-  params.topk = checked_int32("topk", topk);
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  params.pool_capacity = checked_int32("pool_capacity", pool);
-  sparsek::cuda::chunk_visibility(params, here.stream());
-  return {window_begin, far_begin, far_end, frac_begin, frac_end, is_sink, carried_source, state_source};
+  const Tensors8 outputs{empty({batch, chunk}, ScalarType::Int, lengths),
+                         indices(rows),
+                         indices(rows),
+                         indices(pool + rows),
+                         indices(pool + rows),
+                         empty({batch, rows}, ScalarType::Bool, lengths),
+                         empty({batch, carried, heads}, ScalarType::Long, lengths),
+                         empty({batch, heads, carried}, ScalarType::Long, lengths)};
+  sparsek::cuda::chunk_visibility(
+      chunk_visibility_params(lengths, slot_expiry, slot_frac_begin, slot_frac_end, pool_frac_begin, pool_frac_end,
+                              arrival_expiry, arrival_frac_begin, arrival_frac_end, new_slot_source, window_size,
+                              num_sinks, outputs, checked_int32),
+      here.stream());
+  return outputs;
 }
 
 Tensors4 window_rows(const Tensor& q, const MaybeTensor& lengths, const MaybeTensor& cu_seqlens, int64_t window_size,
@@ -142,22 +100,11 @@ Tensors4 window_rows(const Tensor& q, const MaybeTensor& lengths, const MaybeTen
   const Documents documents(cu_seqlens, like, batch, seqlen);
   const int64_t rows = given(lengths) ? num_sinks + window_size + seqlen : seqlen;
   const auto indices = [&](int64_t size) { return empty({batch, size}, ScalarType::Int, q); };
-  const Tensor window_begin = indices(seqlen), far_begin = indices(rows), far_end = indices(rows);
-  const Tensor num_queries = indices(given(lengths) ? 0 : seqlen);
-  WindowRowsParams params{};
-  params.lengths = data_or_null<int64_t>(lengths);
-  params.cu_seqlens = documents.cu_seqlens;
-  params.window_begin = data<int32_t>(window_begin);
-  params.far_begin = data<int32_t>(far_begin);
-  params.far_end = data<int32_t>(far_end);
-  params.num_queries = data<int32_t>(num_queries);
-  params.batch = checked_int32("batch", batch);
-  params.seqlen = checked_int32("seqlen", seqlen);
-  params.num_documents = documents.count;
-  params.window_size = static_cast<int32_t>(window_size);
-  params.num_sinks = static_cast<int32_t>(num_sinks);
-  sparsek::cuda::window_rows(params, here.stream());
-  return {window_begin, far_begin, far_end, num_queries};
+  const Tensors4 outputs{indices(seqlen), indices(rows), indices(rows), indices(given(lengths) ? 0 : seqlen)};
+  sparsek::cuda::window_rows(window_rows_params(q, data_or_null<int64_t>(lengths), documents.cu_seqlens,
+                                                documents.count, window_size, num_sinks, outputs, checked_int32),
+                             here.stream());
+  return outputs;
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 #include "ops/cuda/tensors.h"
 
 #include <cassert>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels/cuda/launch.h"
 #include "ops/cuda/checks.h"
@@ -31,6 +34,22 @@ int32_t dtype_code(ScalarType dtype) {
   }
 }
 
+thread_local const char* current_operation = "an operation";
+
+[[noreturn]] void throw_no_memory(const int64_t* sizes, size_t ndim, ScalarType dtype, int64_t bytes, int32_t device) {
+  std::ostringstream message;
+  message << "sparsek: " << current_operation << " could not allocate " << bytes << " bytes (" << toString(dtype) << ' '
+          << ListText{sizes, ndim} << ") on cuda:" << device;
+  size_t free_bytes = 0, total_bytes = 0;
+  if (const cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes); error == cudaSuccess)
+    message << ", where " << free_bytes << " of " << total_bytes << " bytes are free besides what torch keeps";
+  else
+    message << " (CUDA: " << cudaGetErrorString(error) << ')';
+  message << ". Fewer positions or batch rows a call, or a pool_size other than 0, need less; torch.cuda.empty_cache() "
+             "gives back what torch keeps";
+  throw std::runtime_error(message.str());
+}
+
 }  // namespace
 
 // By the C function rather than the dispatcher: an attention makes a dozen of them.
@@ -43,16 +62,26 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t dev
     stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                  dtype_code(dtype), aoti_torch_device_type_cuda(), device, &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_code(dtype),
+                               aoti_torch_device_type_cuda(), device, &handle) != AOTI_TORCH_SUCCESS) {
+    const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
+    throw_no_memory(sizes.begin(), sizes.size(), dtype, stride * element_bytes, device);
+  }
   return Tensor(handle);
 }
 
-OnDevice::OnDevice(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+OnDevice::OnDevice(const Tensor& tensor, const char* operation)
+    : device_(tensor.get_device_index()),
+      outer_operation_(std::exchange(current_operation, operation)),
+      guard_(device_) {
   sparsek::cuda::check_cuda(cudaSetDevice(device_), "cudaSetDevice");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
+}
+
+OnDevice::~OnDevice() {
+  current_operation = outer_operation_;
 }
 
 Tensor OnDevice::workspace(int64_t bytes) const {

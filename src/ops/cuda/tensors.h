@@ -24,7 +24,9 @@ inline bool given(const MaybeTensor& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
-// A contiguous tensor on a device's memory, of the caching allocator, not written.
+// A contiguous tensor on a device's memory, of the caching allocator, not written. Where there is no memory:
+// std::runtime_error with the operation, the bytes wanted and the bytes there are. (Torch's own OutOfMemoryError does
+// not come through the stable ABI.)
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device);
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   return empty(sizes, dtype, like.get_device_index());
@@ -63,15 +65,20 @@ inline Strides strides_of(const Tensor& tensor) {
 }
 
 // Makes a tensor's device the current one for torch and for this library's CUDA runtime, and knows its current stream.
+// Meanwhile errors name `operation`: the calling function.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor);
+  explicit OnDevice(const Tensor& tensor, const char* operation = __builtin_FUNCTION());
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice();
   cudaStream_t stream() const { return stream_; }
   // Scratch for the stream's next kernels; freed memory is used again in the stream's order.
   Tensor workspace(int64_t bytes) const;
 
  private:
   int32_t device_;
+  const char* outer_operation_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

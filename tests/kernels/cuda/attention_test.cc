@@ -370,6 +370,117 @@ TEST_P(CudaAttention, LongLists) {
   c.far = GetParam().head_dim == 64;
   run(c);
 }
+// Every query sees all rows behind its window, far more than max_far says, from lists that have room for them: a set of
+// kernels attends to all of a tile's rows or makes the tile NaN.
+TEST_P(CudaAttention, MoreFarRowsThanPromisedAreSeenOrNan) {
+  const Variant& variant = GetParam();
+  const int length = 3000, window = 40, head_dim = static_cast<int>(variant.head_dim);
+  const int chunk = cuda::attention_chunk(1), num_chunks = (length + chunk - 1) / chunk;
+  std::vector<int32_t> begins(length), ends(length, length), window_begin(length);
+  for (int i = 0; i < length; ++i)
+    begins[i] = std::min(i + window, length), window_begin[i] = std::max(0, i - window + 1);
+  std::vector<cuda::LiveRow> lists(num_chunks * length);
+  std::vector<int32_t> counts(num_chunks), classes(2 * num_chunks);
+  for (int n = 0; n < num_chunks; ++n) {
+    for (int row = 0; row < length && begins[row] < std::min((n + 1) * chunk, length); ++row)
+      lists[n * length + counts[n]++] = {row, begins[row], std::min((n + 1) * chunk, length), 1.0f};
+  }
+  const auto halves = [&](uint64_t seed) { return to_bits(normal(length * head_dim, seed), variant.dtype); };
+  const DeviceArray<uint16_t> q(halves(1)), k(halves(2)), v(halves(3)), dout(halves(4)), out(length * head_dim),
+      dq(length * head_dim), dk(length * head_dim), dv(length * head_dim);
+  const DeviceArray<float> scores(std::vector<float>(length, 1.0f)), tau(std::vector<float>(length, 0.0f)), lse(length);
+  const DeviceArray<int32_t> d_begins(begins), d_ends(ends), d_window(window_begin), d_counts(counts),
+      d_classes(classes);
+  const DeviceArray<cuda::LiveRow> d_lists(lists);
+  const cuda::LiveLists live{d_lists.data(), d_counts.data(), d_classes.data(), length, 100};
+  AttentionBwdParams params{};
+  AttentionFwdParams& fwd = params.fwd;
+  fwd.dtype = variant.dtype, fwd.q = q.data(), fwd.k = k.data(), fwd.v = v.data();
+  fwd.scores = scores.data(), fwd.tau = tau.data(), fwd.window_begin = d_window.data();
+  fwd.far_begin = d_begins.data(), fwd.far_end = d_ends.data(), fwd.out = out.data(), fwd.softmax_lse = lse.data();
+  fwd.q_strides = fwd.k_strides = fwd.v_strides = fwd.out_strides = {length * head_dim, head_dim, head_dim};
+  fwd.batch = fwd.num_heads = fwd.num_kv_heads = 1, fwd.seqlen_q = fwd.seqlen_k = length, fwd.head_dim = head_dim;
+  fwd.softmax_scale = 0.1;
+  // By query: is its row of `values` NaN? Tiles are of 128 queries.
+  const auto expect_nan = [&](const char* what, const Values& values, int64_t size, int most_rows) {
+    for (int i = 0; i < length; ++i) {
+      const int last = std::min(i / 128 * 128 + 127, length - 1), seen = std::max(0, last + 1 - window);
+      for (int64_t c = 0; c < size; ++c)
+        ASSERT_EQ(std::isnan(values[i * size + c]), seen > most_rows) << what << " of query " << i << ", " << seen;
+    }
+  };
+  const auto most_rows = [&](bool forward_only) {
+    if (variant.choice == cuda::KernelChoice::kPortable) return INT32_MAX;
+    return cuda::attention_max_far(cuda::KernelSet::kSm90, 1, forward_only) + 128;
+  };
+  cuda::attention_forward(fwd, live, nullptr, variant.choice);
+  expect_nan("out", from_bits(out.to_vector(), variant.dtype), head_dim, most_rows(true));
+  expect_nan("lse", as_doubles(lse.to_vector()), 1, most_rows(true));
+
+  cuda::attention_forward(fwd, live, nullptr, cuda::KernelChoice::kPortable);  // numbers for the backward
+  params.dout = dout.data(), params.dout_strides = fwd.out_strides;
+  params.dq = dq.data(), params.dk = dk.data(), params.dv = dv.data();
+  const DeviceArray<uint8_t> workspace(cuda::attention_backward_workspace_bytes(params, live, variant.choice));
+  cuda::attention_backward(params, live, workspace.data(), nullptr, variant.choice);
+  expect_nan("dq", from_bits(dq.to_vector(), variant.dtype), head_dim, most_rows(false));
+}
+// What live_lists does to queries whose list was cut.
+TEST_P(CudaAttention, TauThatIsNanMakesItsRowsAndGradientsNan) {
+  const Variant& variant = GetParam();
+  const int length = 300, bad = 170, window = 30, head_dim = static_cast<int>(variant.head_dim);
+  std::vector<int32_t> begins(length), ends(length, length), window_begin(length);
+  std::vector<cuda::LiveRow> lists;
+  for (int i = 0; i < length; ++i)
+    begins[i] = std::min(i + window, length), window_begin[i] = std::max(0, i - window + 1);
+  for (int row = 0; row < length - window; ++row) lists.push_back({row, begins[row], length, 0.5f});
+  std::vector<float> taus(length, 0.0f);
+  taus[bad] = NAN;
+  const auto halves = [&](uint64_t seed) { return to_bits(normal(length * head_dim, seed), variant.dtype); };
+  const DeviceArray<uint16_t> q(halves(1)), k(halves(2)), v(halves(3)), out_of_others(halves(4)), dout(halves(5)),
+      dq(length * head_dim), dk(length * head_dim), dv(length * head_dim);
+  const DeviceArray<float> scores(std::vector<float>(length, 0.5f)), tau(taus), lse(std::vector<float>(length, 3.0f)),
+      dscores(length);
+  const DeviceArray<int32_t> d_begins(begins), d_ends(ends), d_window(window_begin),
+      counts(std::vector<int32_t>{length - window}), classes(std::vector<int32_t>{0, 0});
+  const DeviceArray<cuda::LiveRow> d_lists(lists);
+  const cuda::LiveLists live{d_lists.data(), counts.data(), classes.data(), length - window, length};
+  AttentionBwdParams params{};
+  AttentionFwdParams& fwd = params.fwd;
+  fwd.dtype = variant.dtype, fwd.q = q.data(), fwd.k = k.data(), fwd.v = v.data();
+  fwd.scores = scores.data(), fwd.tau = tau.data(), fwd.window_begin = d_window.data();
+  fwd.far_begin = d_begins.data(), fwd.far_end = d_ends.data();
+  fwd.out = out_of_others.data(), fwd.softmax_lse = lse.data();
+  fwd.q_strides = fwd.k_strides = fwd.v_strides = fwd.out_strides = {length * head_dim, head_dim, head_dim};
+  fwd.batch = fwd.num_heads = fwd.num_kv_heads = 1, fwd.seqlen_q = fwd.seqlen_k = length, fwd.head_dim = head_dim;
+  fwd.softmax_scale = 0.1;
+  // The gradient first: numbers in out and lse, as of a call that had room.
+  params.dout = dout.data(), params.dout_strides = fwd.out_strides;
+  params.frac_begin = d_begins.data(), params.frac_end = d_ends.data();
+  params.dq = dq.data(), params.dk = dk.data(), params.dv = dv.data(), params.dscores = dscores.data();
+  const DeviceArray<uint8_t> workspace(cuda::attention_backward_workspace_bytes(params, live, variant.choice));
+  cuda::attention_backward(params, live, workspace.data(), nullptr, variant.choice);
+  cuda::attention_forward(fwd, live, nullptr, variant.choice);
+  const auto is_nan = [&](const DeviceArray<uint16_t>& tensor, int row) {
+    const Values values = from_bits(tensor.to_vector(), variant.dtype);
+    return std::all_of(&values[row * head_dim], &values[row * head_dim] + head_dim,
+                       [](double x) { return std::isnan(x); });
+  };
+  const auto has_nan = [&](const DeviceArray<uint16_t>& tensor, int row) {
+    const Values values = from_bits(tensor.to_vector(), variant.dtype);
+    return std::any_of(&values[row * head_dim], &values[row * head_dim] + head_dim,
+                       [](double x) { return std::isnan(x); });
+  };
+  for (const int row : {0, bad - 1, bad, bad + 1, length - 1}) {
+    EXPECT_EQ(is_nan(dq, row), row == bad) << row;
+    EXPECT_EQ(has_nan(dq, row), row == bad) << row;
+    EXPECT_EQ(is_nan(out_of_others, row), row == bad) << row;
+    EXPECT_EQ(has_nan(out_of_others, row), row == bad) << row;
+    EXPECT_EQ(std::isnan(lse.to_vector()[row]), row == bad) << row;
+    EXPECT_EQ(is_nan(dk, row), row <= bad) << row;  // all rows up to the query itself are seen
+    EXPECT_EQ(is_nan(dv, row), row <= bad) << row;
+  }
+  EXPECT_TRUE(std::isnan(dscores.to_vector()[bad - window]));
+}
 TEST_P(CudaAttention, Repeats) {
   if (GetParam().choice == cuda::KernelChoice::kAutomatic) GTEST_SKIP() << "not deterministic";
   Case c = base(2500, 4, 2, 100, 60);

@@ -73,9 +73,9 @@ def problems_of(arch, name, kernel):
 
 
 def objects_of(build):
-    """Of the files that belong to the build today; what earlier ones left behind is not read."""
+    """Of the library's files that belong to the build today; what earlier ones left behind is not read, nor are tests."""
     commands = json.loads((build / "compile_commands.json").read_text())
-    compiled = (re.search(r" -o (\S+\.cu\.o)", command["command"]) for command in commands)
+    compiled = (re.search(r" -o (src/\S+\.cu\.o)", command["command"]) for command in commands)
     return sorted(build / match[1] for match in compiled if match)
 
 

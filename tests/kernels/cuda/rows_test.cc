@@ -322,22 +322,35 @@ struct AnyRows {
 struct Lists {
   std::vector<cuda::LiveRow> rows;
   std::vector<int32_t> count, classes;
+  std::vector<float> tau;
 };
 
 Lists live_lists_cuda(const AnyRows& rows, int chunk, int capacity) {
   const int64_t lists = int64_t{rows.lanes} * ((rows.seqlen_q + chunk - 1) / chunk);
   const DeviceArray<int32_t> begin(rows.far_begin), end(rows.far_end), count(lists), classes(2 * lists);
-  const DeviceArray<float> scores(rows.scores), tau(rows.tau);
+  const DeviceArray<float> scores(rows.scores), tau(rows.tau), checked_tau(std::ssize(rows.tau));
   const DeviceArray<cuda::LiveRow> out(lists * capacity);
   AttentionFwdParams params{};
   params.dtype = DType::kBF16;
   params.far_begin = begin.data(), params.far_end = end.data(), params.scores = scores.data(), params.tau = tau.data();
   params.batch = 1, params.num_kv_heads = rows.lanes, params.seqlen_q = rows.seqlen_q, params.seqlen_k = rows.seqlen_k;
   const DeviceArray<uint8_t> workspace(cuda::live_lists_workspace_bytes(params, chunk));
-  cuda::live_lists(params, chunk, {out.data(), count.data(), classes.data(), capacity, capacity}, workspace.data(),
-                   nullptr);
+  cuda::live_lists(params, chunk, {out.data(), count.data(), classes.data(), capacity, capacity}, checked_tau.data(),
+                   workspace.data(), nullptr);
   cuda::check_cuda(cudaDeviceSynchronize(), "live_lists");
-  return {out.to_vector(), count.to_vector(), classes.to_vector()};
+  return {out.to_vector(), count.to_vector(), classes.to_vector(), checked_tau.to_vector()};
+}
+
+// tau, or NaN at the queries of lists that were cut, where `cut` says so.
+void expect_tau(const AnyRows& rows, int chunk, const Lists& lists, const std::vector<bool>& cut) {
+  const int num_chunks = (rows.seqlen_q + chunk - 1) / chunk;
+  for (int64_t n = 0; n < std::ssize(rows.tau); ++n) {
+    const int64_t list = n / rows.seqlen_q * num_chunks + n % rows.seqlen_q / chunk;
+    if (cut[list] || std::isnan(rows.tau[n]))
+      ASSERT_TRUE(std::isnan(lists.tau[n])) << "query " << n << " of list " << list;
+    else
+      ASSERT_EQ(lists.tau[n], rows.tau[n]) << "query " << n << " of list " << list;
+  }
 }
 
 void expect_lists(const AnyRows& rows, int chunk) {
@@ -368,6 +381,7 @@ void expect_lists(const AnyRows& rows, int chunk) {
     longest = std::max(longest, expected[n].size() + expected[n + 1].size() + expected[n + 2].size());
   const auto capacity = static_cast<int>(longest);
   const Lists actual = live_lists_cuda(rows, chunk, capacity);
+  expect_tau(rows, chunk, actual, std::vector<bool>(int64_t{rows.lanes} * num_chunks));
   for (int64_t list = 0; list < int64_t{rows.lanes} * num_chunks; ++list) {
     int64_t n = 0;
     for (int kind = 0; kind < 3; ++kind) {
@@ -442,13 +456,30 @@ TEST(CudaLiveLists, ManyRows) {
   expect_lists(rows, 10000);
 }
 
-TEST(CudaLiveLists, ListsThatOverflowAreCutOff) {
+// A list with more rows than room is cut off and its queries' tau becomes NaN; one that is just full is whole.
+TEST(CudaLiveLists, ListsThatOverflowPoisonTheirQueries) {
   SKIP_WITHOUT_DEVICE();
   Random random(9);
-  const AnyRows rows = falling_rows(2, 1000, 3000, random);
-  const Lists lists = live_lists_cuda(rows, 100, 50);  // guards around the lists are checked
-  for (const int32_t count : lists.count) EXPECT_LE(count, 50);
-  for (size_t n = 0; n < lists.classes.size(); ++n) EXPECT_LE(lists.classes[n], lists.count[n / 2]);
+  for (const auto& [seqlen_q, seqlen_k, chunk] :
+       std::vector<std::tuple<int, int, int>>{{1000, 3000, 100}, {1, 900, 1}, {5003, 5003, 1008}}) {
+    const AnyRows rows = falling_rows(2, seqlen_q, seqlen_k, random);
+    const Lists whole = live_lists_cuda(rows, chunk, seqlen_k);
+    std::vector<int32_t> sorted = whole.count;
+    std::sort(sorted.begin(), sorted.end());
+    for (const int32_t capacity : {sorted[sorted.size() / 2], sorted.back(), sorted.back() - 1, 1}) {
+      SCOPED_TRACE(fmt::format("queries {} rows {} chunk {} capacity {}", seqlen_q, seqlen_k, chunk, capacity));
+      const Lists lists = live_lists_cuda(rows, chunk, capacity);  // guards around the lists are checked
+      std::vector<bool> cut;
+      for (size_t list = 0; list < lists.count.size(); ++list) {
+        cut.push_back(whole.count[list] > capacity);
+        EXPECT_EQ(lists.count[list], std::min(whole.count[list], capacity));
+        for (size_t n = 2 * list; n < 2 * list + 2; ++n)
+          EXPECT_EQ(lists.classes[n], std::min(whole.classes[n], capacity));
+      }
+      expect_tau(rows, chunk, lists, cut);
+      if (HasFailure()) return;
+    }
+  }
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Second launch of a decode step: merges a unit's splits into out, softmax_lse and ring_mass, and changes its state as
 // planned. Two CTAs per unit: what they read and write does not meet.
 #pragma once
-#include "kernels/cuda/decode/fragments.cuh"
 #include "kernels/cuda/decode/problem.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/ptx/instructions.cuh"
 
 namespace sparsek::cuda::decode {
 
@@ -112,7 +113,7 @@ struct Apply {
         }
       }
       uint16_t* out = static_cast<uint16_t*>(p.params.out) + (int64_t{unit} * p.group + head) * kDim + dim;
-      *reinterpret_cast<uint2*>(out) = {Element::pack(total.x, total.y), Element::pack(total.z, total.w)};
+      *reinterpret_cast<uint2*>(out) = {ptx::pack<Element>(total.x, total.y), ptx::pack<Element>(total.z, total.w)};
     }
   }
 
@@ -209,7 +210,7 @@ template <class Element, int kDim>
 __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const __grid_constant__ Problem p) {
   __shared__ ApplyShared s;
   const int units = p.units();
-  wait_for_previous_launch();
+  wait_for_previous_kernel();
   if (blockIdx.x < units) {
     Apply<Element, kDim> apply(p, s, blockIdx.x);
     apply.merge();

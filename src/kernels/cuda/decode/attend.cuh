@@ -7,6 +7,8 @@
 // A warp has 16 rows of K and of V on their way: 16 warps keep 128 KB per multiprocessor in flight (head_dim 128).
 #pragma once
 #include "kernels/cuda/decode/attend_rows.cuh"
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/ptx/mma_sync.cuh"
 
 namespace sparsek::cuda::decode {
 
@@ -45,9 +47,10 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
       for (int n = 0; n < 4; ++n) logits[tile][n] = 0;
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const uint4 q = load_shared(&s.q[far][tile][chunk][t & 31]);
-        Element::multiply(logits[tile], k[0][chunk].x, k[1][chunk].x, k[0][chunk].y, k[1][chunk].y, q.x, q.y);
-        Element::multiply(logits[tile], k[0][chunk].z, k[1][chunk].z, k[0][chunk].w, k[1][chunk].w, q.z, q.w);
+        const uint4 q = ptx::load_shared(ptx::shared_address(&s.q[far][tile][chunk][t & 31]));
+        const uint4 &low = k[0][chunk], &high = k[1][chunk];
+        ptx::mma_m16n8k16<Element>(logits[tile], {low.x, high.x, low.y, high.y}, q.x, q.y);
+        ptx::mma_m16n8k16<Element>(logits[tile], {low.z, high.z, low.w, high.w}, q.z, q.w);
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -92,7 +95,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const float next = fmaxf(maximum[tile][n], most[n]);
-          factor[n] = next == -INFINITY ? 1.0f : exp2_approximate(maximum[tile][n] - next);
+          factor[n] = next == -INFINITY ? 1.0f : ptx::exp2_approx(maximum[tile][n] - next);
           maximum[tile][n] = next;
           sum[tile][n] *= factor[n];
         }
@@ -105,13 +108,13 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float reference = maximum[tile][n & 1] == -INFINITY ? 0.0f : maximum[tile][n & 1];
-        logits[tile][n] = exp2_approximate(logits[tile][n] - reference);
+        logits[tile][n] = ptx::exp2_approx(logits[tile][n] - reference);
         sum[tile][n & 1] += logits[tile][n];
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        weights[tile][half] =
-            transpose(Element::pack(logits[tile][2 * half] * gate[half], logits[tile][2 * half + 1] * gate[half]));
+        weights[tile][half] = ptx::transpose_matrix(
+            ptx::pack<Element>(logits[tile][2 * half] * gate[half], logits[tile][2 * half + 1] * gate[half]));
       }
     }
   }
@@ -132,8 +135,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
         }
 #pragma unroll
         for (int tile = 0; tile < kHeadTiles; ++tile) {
-          Element::multiply(accumulators[tile][4 * span + n], a[0], a[1], a[2], a[3], weights[tile][0],
-                            weights[tile][1]);
+          ptx::mma_m16n8k16<Element>(accumulators[tile][4 * span + n], a, weights[tile][0], weights[tile][1]);
         }
       }
     }
@@ -169,7 +171,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
         float whole = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          const float factor = s.all[w][of_part].x == -INFINITY ? 0.0f : exp2_approximate(s.all[w][of_part].x - most);
+          const float factor = s.all[w][of_part].x == -INFINITY ? 0.0f : ptx::exp2_approx(s.all[w][of_part].x - most);
           const float4 x = *reinterpret_cast<const float4*>(&s.values[w][head][dim]);
           total.x += factor * x.x, total.y += factor * x.y, total.z += factor * x.z, total.w += factor * x.w;
           whole += factor * s.all[w][of_part].y;
@@ -182,7 +184,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
           if (s.near[w][of_part].x != -INFINITY) {
-            near_sum += exp2_approximate(s.near[w][of_part].x - near_most) * s.near[w][of_part].y;
+            near_sum += ptx::exp2_approx(s.near[w][of_part].x - near_most) * s.near[w][of_part].y;
           }
         }
         p.stats[row + of_part] = {most, whole, near_most, near_sum};
@@ -206,7 +208,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
     in.new_row = ring_row(in.length, p.params.window_size);
     in.candidate = has_slots ? p.candidate_score(unit, in.new_row) : 0.0f;
     this->prefetch_tiles(begin, end);  // behind what the plan waits for
-    allow_next_launch();
+    let_next_kernel_start();
 #pragma unroll
     for (int i = 0; i < kQueriesEach; ++i) {
       const int n = t + i * kThreads;
@@ -249,7 +251,7 @@ struct Attend : AttendRows<kDim, kHeadTiles> {
       make_logits(logits, index, see);
       float gate[2] = {1.0f, 1.0f};
       if (index >= p.first_slot_tile) {
-        copy_async_wait();
+        ptx::copy_async_wait_all();
         __syncwarp();
         const float tau = s.facts.tau;
         gate[0] = __saturatef(s.u[warp][g] - tau), gate[1] = __saturatef(s.u[warp][g + 8] - tau);

@@ -1,7 +1,7 @@
 // What a CTA of the attention reads (attend.cuh): which rows a tile shows, where they stand, and their loads.
 #pragma once
-#include "kernels/cuda/decode/fragments.cuh"
 #include "kernels/cuda/decode/plan.cuh"
+#include "kernels/cuda/ptx/instructions.cuh"
 
 namespace sparsek::cuda::decode {
 
@@ -151,12 +151,12 @@ struct AttendRows {
       const int n = g + 8 * half;
       const uint16_t* row = (see.direct(n) ? base + n * kDim : other) + 8 * c;
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) k[half][chunk] = load_once(row + 32 * chunk);
+      for (int chunk = 0; chunk < kChunks; ++chunk) k[half][chunk] = ptx::load_once(row + 32 * chunk);
     }
     const int n = t & 31;
     if (tile < p.first_slot_tile || n >= kTileRows) return;
     if (see.direct(n)) {
-      copy_async_4(&s.u[warp][n], s.facts.slot_scores + first + n);
+      ptx::copy_async_4(ptx::shared_address(&s.u[warp][n]), s.facts.slot_scores + first + n);
     } else {
       s.u[warp][n] = s.facts.candidate;
     }
@@ -170,7 +170,7 @@ struct AttendRows {
       const int n = 2 * c + (i & 1) + 8 * (i >> 1);
       const uint16_t* row = (see.direct(n) ? base + n * kDim : other) + 8 * g;
 #pragma unroll
-      for (int span = 0; span < kSpans; ++span) v[i][span] = load_once(row + 64 * span);
+      for (int span = 0; span < kSpans; ++span) v[i][span] = ptx::load_once(row + 64 * span);
     }
   }
   // The warp's first tiles, while the plan is made.
@@ -193,9 +193,10 @@ struct AttendRows {
       const int64_t place =
           (unit * p.state_rows() + row + (region > 0 ? sinks : 0) + (region > 1 ? window : 0)) * kDim +
           lane % kLines * 64;
-      prefetch(region == 1 && ring_k ? ring_k + (int64_t{unit} * window + row) * kDim + lane % kLines * 64
-                                     : state_k + place);
-      prefetch(state_v + place);
+      ptx::prefetch_to_l2(region == 1 && ring_k
+                              ? ring_k + (int64_t{unit} * window + row) * kDim + lane % kLines * 64
+                              : state_k + place);
+      ptx::prefetch_to_l2(state_v + place);
     }
   }
 

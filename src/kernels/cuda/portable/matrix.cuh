@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/portable/problem.h"
 #include "kernels/cuda/ptx/instructions.cuh"
+#include "kernels/cuda/ptx/mma_sync.cuh"
 
 namespace sparsek::cuda::portable {
 
@@ -24,58 +25,6 @@ __device__ __forceinline__ uint32_t hidden(uint32_t x, const uint32_t& zero) {
 // row / group for rows below 128 and groups of at most 64; inverse: Problem::group_inverse.
 __device__ __forceinline__ int divide_row(int row, uint32_t inverse) {
   return static_cast<int>(static_cast<uint32_t>(row) * inverse >> 16);
-}
-
-// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address));
-}
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address));
-}
-
-// D[16, 8] += A[16, 16] B[16, 8]. A lane holds of D the rows l / 4 and l / 4 + 8 at columns 2 (l % 4) and one more.
-template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                        uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  uint32_t y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-__device__ __forceinline__ float2 unpack(uint32_t x, __nv_bfloat16) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
-}
-__device__ __forceinline__ float2 unpack(uint32_t x, __half) {
-  return __half22float2(reinterpret_cast<const __half2&>(x));
 }
 
 template <int kHeadDim>
@@ -120,15 +69,15 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kM][8][4], const Fragme
   for (int column = 0; column < kHeadDim / 16; ++column) {
     uint32_t left[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) load_matrices(left[m], a.at(a_row16 + m, column));
+    for (int m = 0; m < kM; ++m) ptx::load_matrix_x4(left[m], a.at(a_row16 + m, column));
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       uint32_t right[4];
-      load_matrices(right, b.at(n, column));
+      ptx::load_matrix_x4(right, b.at(n, column));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        multiply<T>(d[m][2 * n], left[m], right[0], right[1]);
-        multiply<T>(d[m][2 * n + 1], left[m], right[2], right[3]);
+        ptx::mma_m16n8k16<T>(d[m][2 * n], left[m], right[0], right[1]);
+        ptx::mma_m16n8k16<T>(d[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
   }
@@ -143,9 +92,9 @@ __device__ __forceinline__ void multiply_registers(float (&d)[8][4], const uint3
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       uint32_t right[4];
-      load_matrices(right, b.at(n, column));
-      multiply<T>(d[2 * n], a[column], right[0], right[1]);
-      multiply<T>(d[2 * n + 1], a[column], right[2], right[3]);
+      ptx::load_matrix_x4(right, b.at(n, column));
+      ptx::mma_m16n8k16<T>(d[2 * n], a[column], right[0], right[1]);
+      ptx::mma_m16n8k16<T>(d[2 * n + 1], a[column], right[2], right[3]);
     }
   }
 }
@@ -155,8 +104,8 @@ template <class T>
 __device__ __forceinline__ void pack_rows(uint32_t (&a)[4][4], const float (&d)[8][4]) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    a[n][0] = pack<T>(d[2 * n][0], d[2 * n][1]), a[n][1] = pack<T>(d[2 * n][2], d[2 * n][3]);
-    a[n][2] = pack<T>(d[2 * n + 1][0], d[2 * n + 1][1]), a[n][3] = pack<T>(d[2 * n + 1][2], d[2 * n + 1][3]);
+    a[n][0] = ptx::pack<T>(d[2 * n][0], d[2 * n][1]), a[n][1] = ptx::pack<T>(d[2 * n][2], d[2 * n][3]);
+    a[n][2] = ptx::pack<T>(d[2 * n + 1][0], d[2 * n + 1][1]), a[n][3] = ptx::pack<T>(d[2 * n + 1][2], d[2 * n + 1][3]);
   }
 }
 
@@ -169,11 +118,11 @@ __device__ __forceinline__ void multiply_onto(float (&d)[kM][kHeadDim / 8][4], c
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
       uint32_t right[4];
-      load_matrices_transposed(right, b.at(k, n));
+      ptx::load_matrix_x4_transposed(right, b.at(k, n));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        multiply<T>(d[m][2 * n], a[m][k], right[0], right[1]);
-        multiply<T>(d[m][2 * n + 1], a[m][k], right[2], right[3]);
+        ptx::mma_m16n8k16<T>(d[m][2 * n], a[m][k], right[0], right[1]);
+        ptx::mma_m16n8k16<T>(d[m][2 * n + 1], a[m][k], right[2], right[3]);
       }
     }
   }
@@ -199,17 +148,12 @@ struct RowCopy {
 #pragma unroll
       for (uint32_t j = 0; j < 4; ++j) {
         const uint32_t row = first_row + pass * kPass + j;
-        copy_async_16((to ^ (j << 4)) + (pass * kPass + j) * kRowBytes, from(row, pass, j) + column_bytes, bytes(row));
+        ptx::copy_async_16_part((to ^ (j << 4)) + (pass * kPass + j) * kRowBytes, from(row, pass, j) + column_bytes,
+                                bytes(row));
       }
     }
   }
-  static __device__ __forceinline__ void copy_async_16(uint32_t to, const uint8_t* from, uint32_t bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-  }
 };
-__device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(ptx::shared_address(shared)), "l"(global) : "memory");
-}
 
 // A warp's rows of D go out through rows of a tile that only this warp uses: a lane then stores 16 bytes.
 // address_of(row of the 16): where that row begins, or null.
@@ -220,8 +164,8 @@ __device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 8][4], fl
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
     uint8_t* const at = tile + swizzled<kHeadDim>(row, n) + lane % 4 * 4;
-    *reinterpret_cast<uint32_t*>(at) = pack<T>(d[n][0] * scale_low, d[n][1] * scale_low);
-    *reinterpret_cast<uint32_t*>(at + 8 * kHeadDim * 2) = pack<T>(d[n][2] * scale_high, d[n][3] * scale_high);
+    *reinterpret_cast<uint32_t*>(at) = ptx::pack<T>(d[n][0] * scale_low, d[n][1] * scale_low);
+    *reinterpret_cast<uint32_t*>(at + 8 * kHeadDim * 2) = ptx::pack<T>(d[n][2] * scale_high, d[n][3] * scale_high);
   }
   __syncwarp();
   constexpr int kChunks = kHeadDim / 8, kAtOnce = 32 / kChunks;

@@ -34,7 +34,6 @@ constexpr int kThreads = 128;
 constexpr int kKeys = 64;  // of every kernel's step
 static_assert(tile_shape(Kernel::kForward).keys == kKeys && tile_shape(Kernel::kQueryGradient).keys == kKeys &&
               tile_shape(Kernel::kKeyGradient).keys == kKeys);
-constexpr int kMaxSharedBytes = 99 * 1024;
 
 struct Problem {
   AttentionFwdParams fwd;

@@ -173,7 +173,7 @@ template <int kRows>
 __device__ __forceinline__ void load_scores(float* to, const TileShared<kRows>& s, int n) {
   const uint32_t key = hidden(threadIdx.x, s.zero);
   if (n >= s.band_blocks && key < kKeys)
-    copy_async_4(to + key, s.scores + s.far.row[(n - s.band_blocks) * kKeys + key]);
+    ptx::copy_async_4(ptx::shared_address(to + key), s.scores + s.far.row[(n - s.band_blocks) * kKeys + key]);
 }
 
 }  // namespace sparsek::cuda::portable

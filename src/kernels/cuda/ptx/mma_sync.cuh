@@ -13,6 +13,17 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&to)[4], uint32_t share
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared));
 }
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&to)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared));
+}
+// Transposes the warp's 8x8 matrix of two-byte elements, two neighbouring columns a lane.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 
 // Volatile, so that what a caller interleaves stays interleaved.
 // D[16, 8] += A[16, 16] B[16, 8]. A lane holds of D the rows l / 4 and l / 4 + 8 at columns 2 (l % 4) and the next.
@@ -32,12 +43,6 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// cp.async of 4 bytes, zero-filled when !valid.
-__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
-               : "memory");
 }
 
 }  // namespace sparsek::cuda::ptx

@@ -30,8 +30,9 @@ struct Problem {
   const int32_t *far_begin, *far_end;  // [lanes, seqlen_k]
   const float *scores, *tau;           // [lanes, seqlen_k], [lanes, seqlen_q]
   LiveLists lists;
-  TauRange* ranges;   // [lanes, num_chunks]
-  int32_t* places;    // [lanes, num_chunks, kClasses, num_parts] first the number of a part's rows, then their place
+  float* checked_tau;  // [lanes, seqlen_q] tau, NaN where a list was cut
+  TauRange* ranges;    // [lanes, num_chunks]
+  int32_t* places;     // [lanes, num_chunks, kClasses, num_parts] first the number of a part's rows, then their place
   int32_t lanes, seqlen_q, seqlen_k, chunk, num_chunks, num_parts, part_rows, step;
 
   __device__ int64_t list(int lane, int c) const { return static_cast<int64_t>(lane) * num_chunks + c; }
@@ -42,12 +43,14 @@ __global__ void __launch_bounds__(kThreads) tau_range_kernel(const __grid_consta
   if (list >= int64_t{p.lanes} * p.num_chunks) return;
   const int lane = static_cast<int>(list / p.num_chunks), first = static_cast<int>(list % p.num_chunks) * p.chunk;
   const float* tau = p.tau + static_cast<int64_t>(lane) * p.seqlen_q;
+  float* const copy = p.checked_tau + static_cast<int64_t>(lane) * p.seqlen_q;
   float least = INFINITY, most = -INFINITY;
   bool is_nan = false;
 #pragma unroll 4
   for (int i = first + static_cast<int>(threadIdx.x % 32); i < min(first + p.chunk, p.seqlen_q); i += 32) {
     const float x = tau[i];
     least = fminf(least, x), most = fmaxf(most, x), is_nan |= isnan(x);
+    copy[i] = x;
   }
   for (int step = 16; step > 0; step /= 2) {
     least = fminf(least, __shfl_xor_sync(0xffffffffu, least, step));
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const __grid_constant__
   }
 }
 
-// A warp per list: the places of every part's rows, class by class.
+// A warp per list: the places of every part's rows, class by class, and the mark on queries whose list has no room.
 __global__ void __launch_bounds__(kThreads) places_kernel(const __grid_constant__ Problem p) {
   const int64_t list = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (list >= int64_t{p.lanes} * p.num_chunks) return;
@@ -192,6 +195,10 @@ __global__ void __launch_bounds__(kThreads) places_kernel(const __grid_constant_
       if (k == 2) p.lists.count[list] = min(sum, p.lists.capacity);
     }
   }
+  if (sum <= p.lists.capacity) return;
+  const int first = static_cast<int>(list % p.num_chunks) * p.chunk;
+  float* const tau = p.checked_tau + list / p.num_chunks * p.seqlen_q;
+  for (int i = first + warp_lane; i < min(first + p.chunk, p.seqlen_q); i += 32) tau[i] = NAN;
 }
 
 int64_t carve(const AttentionFwdParams& params, int chunk, void* workspace, Problem& p) {
@@ -224,14 +231,14 @@ int64_t live_lists_workspace_bytes(const AttentionFwdParams& params, int chunk) 
   return carve(params, chunk, nullptr, problem);
 }
 
-void live_lists(const AttentionFwdParams& params, int chunk, const LiveLists& lists, void* workspace,
+void live_lists(const AttentionFwdParams& params, int chunk, const LiveLists& lists, float* tau, void* workspace,
                 cudaStream_t stream) {
   assert(params.dtype != DType::kF64 && chunk > 0);
   Problem p{};
   carve(params, chunk, workspace, p);
   p.far_begin = params.far_begin, p.far_end = params.far_end;
   p.scores = static_cast<const float*>(params.scores), p.tau = static_cast<const float*>(params.tau);
-  p.lists = lists;
+  p.lists = lists, p.checked_tau = tau;
   const int64_t num_lists = int64_t{p.lanes} * p.num_chunks;
   if (num_lists == 0) return;
   const auto list_blocks = static_cast<unsigned>((num_lists + kWarps - 1) / kWarps);

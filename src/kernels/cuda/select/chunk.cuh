@@ -108,6 +108,7 @@ struct Chunk : ChunkWalk {
     write_keys(e);
     __syncthreads();
   }
+  template <int kSharedEntries>
   __device__ void run() {
     describe();
     if (selects_all()) return select_all();
@@ -121,7 +122,8 @@ struct Chunk : ChunkWalk {
   }
 };
 
-// Persistent: CTA b begins with item b, then takes what an atomic counter gives.
+// Persistent: CTA b begins with item b, then takes what an atomic counter gives. kSharedEntries: shared_entries().
+template <int kSharedEntries>
 __global__ void __launch_bounds__(kChunkThreads, 2) chunk_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(16) uint8_t chunk_memory[];
   ChunkShared& s = *reinterpret_cast<ChunkShared*>(chunk_memory);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) chunk_kernel(const __grid_co
 #pragma unroll 1
   while (item < lanes * p.num_chunks) {
     if (threadIdx.x == 0) s.item = atomicAdd(p.next_item, 1) + gridDim.x;
-    Chunk(p, s, item % lanes, item / lanes).run();
+    Chunk(p, s, item % lanes, item / lanes).run<kSharedEntries>();
     item = s.item;
     __syncthreads();
   }

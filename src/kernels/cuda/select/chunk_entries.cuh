@@ -8,12 +8,12 @@
 // interval walks through its queries.
 #pragma once
 #include "kernels/cuda/select/problem.cuh"
+#include "kernels/cuda/shared_memory.h"
 
 namespace sparsek::cuda::selection {
 
 constexpr int kChunkThreads = 512;
 constexpr int kIntervals = 32;
-constexpr int kSharedEntries = 2944;  // two CTAs an SM
 constexpr int kEntryBytes = 28;
 
 // One array per member, of capacity + 1 elements. Entries of documents follow each other, each by rank.
@@ -66,7 +66,17 @@ struct ChunkShared {
   int range_begin[3], range_end[3], band[3];
   int item, kept;
 };
-static_assert(sizeof(ChunkShared) + kSharedEntries * kEntryBytes <= 113 * 1024);
+// How many entries are in shared memory; more of them go to global memory. Two CTAs an SM with 228 KB; what a CTA can
+// have where it can have no more than 99 KB.
+constexpr int kManyEntries = 2944;
+constexpr int kFewEntries = (kPortableSharedBytes - static_cast<int>(sizeof(ChunkShared))) / kEntryBytes / 32 * 32;
+constexpr int chunk_shared_bytes(int entries) {
+  return static_cast<int>(sizeof(ChunkShared)) + entries * kEntryBytes;
+}
+static_assert(chunk_shared_bytes(kManyEntries) <= 113 * 1024);
+constexpr int shared_entries(int max_shared_bytes) {
+  return chunk_shared_bytes(kManyEntries) <= max_shared_bytes ? kManyEntries : kFewEntries;
+}
 
 struct ChunkEntries {
   const Problem& p;

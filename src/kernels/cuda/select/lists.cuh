@@ -87,15 +87,17 @@ __global__ void __launch_bounds__(kListThreads, 2048 / kListThreads) list_kernel
     const int own = class_count[k][warp_lane];
     at[k] = sum + __reduce_add_sync(0xffffffffu, warp_lane < warp ? own : 0);
     sum += __reduce_add_sync(0xffffffffu, own);
-    if (k < 2 && t == 0) p.live.classes[slot * 2 + k] = sum;
+    if (k < 2 && t == 0) p.live.classes[slot * 2 + k] = min(sum, p.live.capacity);
   }
-  if (t == 0) p.live.count[slot] = sum;
+  // No list of documents overflows; starts that do not rise, which nobody checked, name a row twice.
+  if (t == 0) p.live.count[slot] = min(sum, p.live.capacity);
   LiveRow* rows = p.live.rows + slot * p.live.capacity;
   const auto write = [&](int found, const LiveRow& x) {
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const uint32_t votes = __ballot_sync(0xffffffffu, found == k);
-      if (found == k) rows[at[k] + __popc(votes & ((1u << warp_lane) - 1))] = x;
+      const int place = at[k] + __popc(votes & ((1u << warp_lane) - 1));
+      if (found == k && place < p.live.capacity) rows[place] = x;
       at[k] += __popc(votes);
     }
   };

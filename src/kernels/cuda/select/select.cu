@@ -64,7 +64,8 @@ int64_t carve(selection::Problem& p, void* workspace) {
   carver.take(p.any_bad, slots);
   carver.take(p.next_item, 1);
   const int64_t entries = int64_t{p.pool_size} + p.chunk + 1;
-  p.overflow_bytes = entries <= selection::kSharedEntries ? 0 : (entries + 31) / 32 * 32 * selection::kEntryBytes;
+  const bool fit = entries <= selection::shared_entries(max_shared_bytes());
+  p.overflow_bytes = fit ? 0 : (entries + 31) / 32 * 32 * selection::kEntryBytes;
   carver.take(p.overflow, p.overflow_bytes * num_chunk_ctas(p));
   return carver.used_bytes();
 }
@@ -106,8 +107,14 @@ void select(const SelectParams& params, const SelectRows& rows, int chunk, void*
     launch_behind(selection::merge_kernel, dim3(merges, tiles, lanes), selection::kMergeThreads, 0, stream, p, level);
   }
   launch_behind(selection::threshold_kernel, each_chunk, selection::kThresholdThreads, 0, stream, p);
-  constexpr int kSharedBytes = sizeof(selection::ChunkShared) + selection::kSharedEntries * selection::kEntryBytes;
-  launch_behind(selection::chunk_kernel, num_chunk_ctas(p), selection::kChunkThreads, kSharedBytes, stream, p);
+  const auto walk_chunks = [&](auto entries) {
+    launch_behind(selection::chunk_kernel<decltype(entries)::value>, num_chunk_ctas(p), selection::kChunkThreads,
+                  selection::chunk_shared_bytes(decltype(entries)::value), stream, p);
+  };
+  if (selection::shared_entries(max_shared_bytes()) == selection::kManyEntries)
+    walk_chunks(std::integral_constant<int, selection::kManyEntries>{});
+  else
+    walk_chunks(std::integral_constant<int, selection::kFewEntries>{});
   if (p.live.rows != nullptr)
     launch_behind(selection::list_kernel, dim3(p.num_lists, lanes), selection::kListThreads, 0, stream, p);
   check_cuda(cudaGetLastError(), "select");

@@ -7,13 +7,14 @@
 #include <cassert>
 #include <cmath>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/shared_memory.h"
 #include "kernels/cuda/sparsek/sparsek.h"
 
 namespace sparsek::cuda {
 namespace {
 
 constexpr int kMostThreads = 1024, kCachedBytes = 96 * 1024, kNewtonSteps = 6, kMostSteps = 160;
+static_assert(kCachedBytes + 2048 <= kPortableSharedBytes);  // beside what the kernel has by itself
 
 __host__ __device__ constexpr int threads_for(int64_t columns) {
   return columns <= 1024 ? 128 : columns <= 8192 ? 256 : kMostThreads;
@@ -173,10 +174,7 @@ template <class T>
 void launch(const SparsekParams& params, cudaStream_t stream) {
   const bool is_cached = params.columns <= kCachedBytes / static_cast<int64_t>(sizeof(T));
   const int memory = is_cached ? static_cast<int>(params.columns * sizeof(T)) : 0;
-  if (memory > 32 * 1024) {
-    check_cuda(cudaFuncSetAttribute(sparsek_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCachedBytes),
-               "cudaFuncSetAttribute");
-  }
+  if (memory > 32 * 1024) allow_shared_bytes(sparsek_kernel<T>, kCachedBytes);
   const auto rows = static_cast<unsigned>(std::min<int64_t>(params.rows, INT32_MAX));
   sparsek_kernel<T><<<rows, threads_for(params.columns), memory, stream>>>(params, is_cached);
   check_cuda(cudaGetLastError(), "sparsek");

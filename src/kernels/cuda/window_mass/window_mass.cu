@@ -4,7 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/shared_memory.h"
 #include "kernels/cuda/sm90/window_mass/launch.h"
 #include "kernels/cuda/window_mass/lse_kernel.cuh"
 #include "kernels/cuda/window_mass/mass_kernel.cuh"
@@ -84,22 +84,22 @@ Problem describe(const WindowMassParams& params, void* workspace) {
   return p;
 }
 
-template <class Kernel>
-void launch(Kernel* kernel, int64_t blocks, int shared_bytes, const Problem& p, cudaStream_t stream) {
+template <class Shared, class Kernel>
+void launch(Kernel* kernel, int64_t blocks, const Problem& p, cudaStream_t stream) {
+  static_assert(sizeof(Shared) <= kPortableSharedBytes);
   if (blocks == 0) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
-  kernel<<<static_cast<unsigned>(blocks), mass::kThreads, shared_bytes, stream>>>(p);
+  allow_shared_bytes(kernel, sizeof(Shared));
+  kernel<<<static_cast<unsigned>(blocks), mass::kThreads, sizeof(Shared), stream>>>(p);
   check_cuda(cudaGetLastError(), "window_mass");
 }
 
 template <class T, int kHeadDim>
 void run(const Problem& p, cudaStream_t stream) {
   const int64_t lanes = int64_t{p.batch} * p.num_kv_heads;
-  launch(mass::lse_kernel<T, kHeadDim>, lanes * p.num_query_tiles,
-         sizeof(typename mass::LseTile<T, kHeadDim>::Shared), p, stream);
-  launch(mass::mass_kernel<T, kHeadDim>, lanes * p.num_key_tiles,
-         sizeof(typename mass::MassTile<T, kHeadDim>::Shared), p, stream);
+  launch<typename mass::LseTile<T, kHeadDim>::Shared>(mass::lse_kernel<T, kHeadDim>, lanes * p.num_query_tiles, p,
+                                                      stream);
+  launch<typename mass::MassTile<T, kHeadDim>::Shared>(mass::mass_kernel<T, kHeadDim>, lanes * p.num_key_tiles, p,
+                                                       stream);
 }
 
 }  // namespace

@@ -28,14 +28,17 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const __grid_constant
     const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const float2 u = unpack(xs[n], T()), v = unpack(ys[n], T());
+      const float2 u = ptx::unpack<T>(xs[n]), v = ptx::unpack<T>(ys[n]);
       sum += u.x * v.x + u.y * v.y;
     }
   }
   for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   if (row < rows && lane == 0) {
     const int64_t to = (b * f.num_heads + h) * f.seqlen_q + i;
-    p.lse2[to] = static_cast<const float*>(f.softmax_lse)[to] * 1.44269504088896341f;
+    // A NaN in tau makes its row's gradients NaN.
+    const float tau = static_cast<const float*>(f.tau)[(b * f.num_kv_heads + h / p.group) * f.seqlen_q + i],
+                poison = tau != tau ? tau : 0.0f;
+    p.lse2[to] = static_cast<const float*>(f.softmax_lse)[to] * 1.44269504088896341f + poison;
     p.delta[to] = sum - (dlse == nullptr ? 0.0f : dlse[to]);
   }
 }

@@ -185,13 +185,15 @@ __device__ __forceinline__ void load_step(KeyShared<kHeadDim>& s, const BwdProbl
   const bool valid = row < rows;
   if (thread < kStepRows) {
     const int64_t at = s.query_rows + static_cast<int64_t>(row - position * p.group) * f.seqlen_q + first + position;
-    if (valid)
-      copy_async_4(&s.lse2[stage][row], p.lse2 + at), copy_async_4(&s.delta[stage][row], p.delta + at);
-    else
+    if (valid) {
+      ptx::copy_async_4(ptx::shared_address(&s.lse2[stage][row]), p.lse2 + at);
+      ptx::copy_async_4(ptx::shared_address(&s.delta[stage][row]), p.delta + at);
+    } else {
       s.lse2[stage][row] = INFINITY, s.delta[stage][row] = 0;
+    }
   } else {
     if (valid)
-      copy_async_4(&s.row_value[stage][row], s.row_values + first + position);
+      ptx::copy_async_4(ptx::shared_address(&s.row_value[stage][row]), s.row_values + first + position);
     else
       s.row_value[stage][row] = is_far ? 0 : INT32_MAX;
   }
@@ -307,9 +309,9 @@ struct KeyGradient {
             weight[c] *= factor, gradient[c] *= factor;
           }
         }
-        weights[n / 2][n % 2 * 2 + r] = pack<T>(weight[0], weight[1]);
+        weights[n / 2][n % 2 * 2 + r] = ptx::pack<T>(weight[0], weight[1]);
         ds[n / 2][n % 2 * 2 + r] =
-            pack<T>(x[n][2 * r] * (gradient[0] - delta.x), x[n][2 * r + 1] * (gradient[1] - delta.y));
+            ptx::pack<T>(x[n][2 * r] * (gradient[0] - delta.x), x[n][2 * r + 1] * (gradient[1] - delta.y));
       }
     }
   }

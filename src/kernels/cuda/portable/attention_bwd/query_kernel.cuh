@@ -91,7 +91,7 @@ struct QueryGradient {
     for (int m = 0; m < 8; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        ds[0][m / 2][m % 2 * 2 + r] = pack<T>(x[0][m][2 * r] * (dp[0][m][2 * r] - delta[r]),
+        ds[0][m / 2][m % 2 * 2 + r] = ptx::pack<T>(x[0][m][2 * r] * (dp[0][m][2 * r] - delta[r]),
                                               x[0][m][2 * r + 1] * (dp[0][m][2 * r + 1] - delta[r]));
       }
     }
@@ -169,7 +169,8 @@ struct QueryGradient {
     }
     __syncthreads();
     if (thread > tile.last - tile.first) return;
-    float sum = 0;
+    const float tau = s.tile.tau[thread * p.group];
+    float sum = tau != tau ? tau : 0.0f;  // a NaN in tau makes its row's gradients NaN
     for (int g = 0; g < p.group; ++g) sum += s.h[thread * p.group + g];
     p.h_query[static_cast<int64_t>(tile.head) * p.fwd.seqlen_q + tile.first + thread] = sum;
   }

@@ -154,7 +154,7 @@ struct FwdRows {
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          weights[m][n / 2][n % 2 * 2 + r] = pack<T>(scores[m][n][2 * r], scores[m][n][2 * r + 1]);
+          weights[m][n / 2][n % 2 * 2 + r] = ptx::pack<T>(scores[m][n][2 * r], scores[m][n][2 * r + 1]);
       }
     }
   }

@@ -117,6 +117,7 @@ struct DqConsumer {
       num_full = s.num_full[buffer];
       blocks = band_blocks + whole_blocks(s.num_far[buffer]);
       tail = has_tail(s.num_far[buffer]);
+      lse2[0] += s.cut[buffer], lse2[1] += s.cut[buffer];  // the gradient becomes NaN where rows are missing
     };
     if (!kFar && band_blocks == 1) learn_union();
     ptx::barrier_wait(&s.q_full, done & 1);

@@ -52,13 +52,15 @@ __device__ void prepare_rows(const PrepareParams& p, int index) {
     if (piece == 0) {
       const int64_t row = (static_cast<int64_t>(b) * p.num_heads + head) * p.seqlen_q + i,
                     query = static_cast<int64_t>(lane) * p.seqlen_q + i;
-      const float lse2 = valid ? p.lse[row] * 1.44269504088896341f : INFINITY,
+      // A NaN in tau makes its row's gradients NaN.
+      const float tau = valid ? p.tau[query] : 0.0f, poison = tau != tau ? tau : 0.0f;
+      const float lse2 = valid ? p.lse[row] * 1.44269504088896341f + poison : INFINITY,
                   delta = valid ? sum - (p.d_lse == nullptr ? 0.0f : p.d_lse[row]) : 0.0f;
       if (valid) p.lse2[row] = lse2, p.delta[row] = delta;
-      if (valid && p.h_query != nullptr && column % group == 0) p.h_query[query] = 0;
+      if (valid && p.h_query != nullptr && column % group == 0) p.h_query[query] = poison;
       data.lse2[column] = lse2;
       data.delta[column] = delta;
-      data.tau[column] = valid ? p.tau[query] : 0.0f;
+      data.tau[column] = tau;
       data.window_begin[column] = valid ? p.window_begin[static_cast<int64_t>(b) * p.seqlen_q + i] : INT32_MAX;
     }
   }

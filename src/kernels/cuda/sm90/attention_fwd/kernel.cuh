@@ -202,6 +202,7 @@ struct Consumer {
       num_full = s.num_full[buffer];
       blocks = band_blocks + whole_blocks(s.num_far[buffer]);
       tail = has_tail(s.num_far[buffer]);
+      row_sum[0] += s.cut[buffer], row_sum[1] += s.cut[buffer];  // from here on NaN, where rows are missing
     };
     if (band_blocks == 1) learn_union();
 #pragma unroll 1
@@ -264,7 +265,7 @@ struct Consumer {
       const int head_q = t.kv * p.group + row % p.group;
       // A score that is not finite makes tau NaN: so is the row.
       const float tau_row = p.tau[head * p.seqlen_q + position[r]], poison = tau_row != tau_row ? tau_row : 0.0f;
-      const float inverse = (row_sum[r] > 0 ? 1.0f / row_sum[r] : 0.0f) + poison;
+      const float inverse = (row_sum[r] != 0 ? 1.0f / row_sum[r] : 0.0f) + poison;
       Bits16* out = p.out + t.b * p.o_batch + position[r] * p.o_seq + head_q * p.o_head + (thread & 3) * 2;
 #pragma unroll
       for (int e = 0; e < kHeadDim / 2; e += 4) {
@@ -273,7 +274,7 @@ struct Consumer {
       }
       if ((thread & 3) == 0) {
         p.lse[(static_cast<int64_t>(t.b) * p.num_heads + head_q) * p.seqlen_q + position[r]] =
-            (row_sum[r] > 0 ? (reference[r] + log2f(row_sum[r])) * 0.69314718055994531f : -INFINITY) + poison;
+            (row_sum[r] != 0 ? (reference[r] + log2f(row_sum[r])) * 0.69314718055994531f : -INFINITY) + poison;
       }
     }
   }

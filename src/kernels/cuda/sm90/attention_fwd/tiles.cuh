@@ -46,6 +46,7 @@ struct __align__(1024) LoaderShared {
   uint16_t interval[2][kMaxUnion];  // visible at the tile's queries [low byte, low byte + high byte)
   int32_t warp_count[2][3];
   int32_t num_plain[2], num_full[2], num_far[2];
+  float cut[2];  // NaN where the union has no room for some of its rows, else 0
   uint64_t q_full, q_empty, union_full[2], union_empty[2], k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV],
       v_empty[kStagesV];
 
@@ -167,10 +168,13 @@ struct Builder {
 #pragma unroll
         for (int kind = 0; kind < 3; ++kind) {
           at[kind] = total + (warp == 1 ? s.warp_count[0][kind] : 0);
-          // More than the caller's max_far promised (a selection that was not made with this topk) stays unseen.
-          total = min(total + s.warp_count[0][kind] + s.warp_count[1][kind], SharedType::kMaxUnion);
-          if (warp == 0 && lane == 0) (kind == 0 ? s.num_plain : kind == 1 ? s.num_full : s.num_far)[buffer] = total;
+          total += s.warp_count[0][kind] + s.warp_count[1][kind];
+          if (warp == 0 && lane == 0) {
+            (kind == 0 ? s.num_plain : kind == 1 ? s.num_full : s.num_far)[buffer] = min(total, SharedType::kMaxUnion);
+          }
         }
+        // More than the caller's max_far promised (a selection that was not made with this topk) has no room.
+        if (warp == 0 && lane == 0) s.cut[buffer] = total > SharedType::kMaxUnion ? NAN : 0.0f;
       }
     }
     sync();

@@ -2,7 +2,7 @@
 
 #include <cassert>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/shared_memory.h"
 #include "kernels/cuda/sm90/window_mass/lse_kernel.cuh"
 #include "kernels/cuda/sm90/window_mass/mass_kernel.cuh"
 
@@ -12,8 +12,7 @@ namespace {
 template <class Kernel>
 void launch(Kernel* kernel, int64_t blocks, int shared_bytes, const Problem& p, cudaStream_t stream) {
   if (blocks == 0) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
+  allow_shared_bytes(kernel, shared_bytes);
   kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(p);
   check_cuda(cudaGetLastError(), "window_mass");
 }
