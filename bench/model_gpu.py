@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=2, help="readings of each context (transformers: one beyond 32,768)")
     parser.add_argument("--topk", type=int, default=TOPK)
     parser.add_argument("--window", type=int, default=WINDOW)
-    parser.add_argument("--chunk", type=int, default=4096, help="tokens that our program reads at once")
+    parser.add_argument("--chunk", type=int, default=32768, help="tokens that our program reads at once")
     parser.add_argument("--smollm2", help="a GGUF file or folder that our program reads for the shape smollm2")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--program", default=str(build / "sparsek"))

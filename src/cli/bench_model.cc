@@ -66,7 +66,7 @@ class Measurement {
     const Stopwatch time;
     at::Tensor hidden;
     for (int64_t done = 0; done < context;) {
-      const std::vector<int32_t> ids = random_ids(std::min(config_.model.chunk_size, context - done));
+      const std::vector<int32_t> ids = random_ids(std::min(tokens_at_once(config_.model), context - done));
       hidden = model_.forward(model::as_tensor(ids), state);
       done += static_cast<int64_t>(ids.size());
       progress.update(done);
@@ -120,7 +120,7 @@ int run_bench_model(const BenchModelConfig& config) {
   Measurement measurement(config, model);
   {
     model::DecodeState state = model.new_state();  // a GPU loads its kernels
-    if (!measurement.read(std::min(longest, config.model.chunk_size), state)) return kInterruptedExitCode;
+    if (!measurement.read(std::min(longest, tokens_at_once(config.model)), state)) return kInterruptedExitCode;
   }
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   if (!config.json) {
@@ -161,11 +161,11 @@ int run_bench_model(const BenchModelConfig& config) {
   }
   if (config.json) {
     const nlohmann::ordered_json object{
-        {"model", config.model.model},          {"attention", describe(model.attention())},
-        {"dtype", config.model.dtype},          {"device", model.device().str()},
-        {"chunk", config.model.chunk_size},     {"threads", omp_get_max_threads()},
-        {"peak_rss_bytes", peak_rss_bytes()},   {"load_seconds", load_seconds},
-        {"weight_bytes", model.weight_bytes()}, {"results", results}};
+        {"model", config.model.model},           {"attention", describe(model.attention())},
+        {"dtype", config.model.dtype},           {"device", model.device().str()},
+        {"chunk", tokens_at_once(config.model)}, {"threads", omp_get_max_threads()},
+        {"peak_rss_bytes", peak_rss_bytes()},    {"load_seconds", load_seconds},
+        {"weight_bytes", model.weight_bytes()},  {"results", results}};
     print_json(object, 2);
   }
   return 0;

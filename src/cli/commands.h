@@ -13,11 +13,11 @@ namespace sparsek::cli {
 struct ModelConfig {
   std::string model;  // a path, or "smollm2"
   model::AttentionRequest attention;
-  std::string dtype = "bf16";   // bf16, f32
-  std::string device = "cpu";   // cpu, cuda, cuda:N
-  int64_t chunk_size = 512;     // tokens computed at once while reading
-  int64_t threads = 0;          // 0: one a core
-  bool random_weights = false;  // bench model: `model` is a config.json, its weights are made up
+  std::string dtype = "bf16";              // bf16, f32
+  std::string device = "cpu";              // cpu, cuda, cuda:N
+  std::optional<int64_t> chunk_size = {};  // tokens computed at once while reading; default: tokens_at_once (source.h)
+  int64_t threads = 0;                     // 0: one a core
+  bool random_weights = false;             // bench model: `model` is a config.json, its weights are made up
 };
 
 struct GenerateConfig {

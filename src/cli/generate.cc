@@ -75,14 +75,15 @@ int run_generate(const GenerateConfig& config) {
   tokenizer.check_model_vocab(model.config().vocab_size, path);
 
   model::DecodeState state = model.new_state();
-  Prompt prompt(model, state, sampler, config.model.chunk_size);
+  const int64_t chunk_size = tokens_at_once(config.model);
+  Prompt prompt(model, state, sampler, chunk_size);
   const Stopwatch read_time;
   {
     Progress progress(reading_on(model), "tokens", std::nullopt);
     // Chunk by chunk, so that Ctrl-C reaches a long prompt as it reaches a document.
     const auto read = [&](std::span<const int32_t> ids) {
       while (!ids.empty() && !interrupted()) {
-        const size_t step = std::min(ids.size(), static_cast<size_t>(config.model.chunk_size));
+        const size_t step = std::min(ids.size(), static_cast<size_t>(chunk_size));
         prompt.push(ids.first(step));
         ids = ids.subspan(step);
         const std::optional<int64_t> total = document ? document->estimated_total() : 0;
@@ -92,7 +93,7 @@ int run_generate(const GenerateConfig& config) {
     };
     read(ids_before);
     for (std::vector<int32_t> ids; document && !interrupted(); ids.clear()) {
-      document->read(config.model.chunk_size, ids);
+      document->read(chunk_size, ids);
       if (ids.empty()) break;
       read(ids);
     }

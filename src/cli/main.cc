@@ -51,7 +51,8 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
 void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
   add_attention_options(command, config, flags);
   command.add_option("--device", config.device, "cpu, cuda or cuda:N")->capture_default_str();
-  add_count(command, "--chunk", config.chunk_size, "tokens computed at once while reading");
+  add_count(command, "--chunk", config.chunk_size,
+            "tokens computed at once while reading (default 512; sparsek on a GPU 8192)");
   add_count(command, "--threads", config.threads, "threads; 0: one a core");
 }
 

@@ -104,7 +104,7 @@ int run_perplexity(const PerplexityConfig& config) {
   eval::PerplexityResult result;
   {
     Progress progress(reading_on(model), "tokens", std::nullopt);
-    result = eval::perplexity(model, source, config.model.chunk_size, [&](int64_t done) {
+    result = eval::perplexity(model, source, tokens_at_once(config.model), [&](int64_t done) {
       if (const auto total = to_read(tokens.estimated_total())) progress.set_total(*total);
       progress.update(done);
       return !interrupted();

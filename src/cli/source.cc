@@ -45,18 +45,27 @@ void set_threads(int64_t threads) {
   at::set_num_threads(count);
 }
 
+int64_t tokens_at_once(const ModelConfig& config) {
+  static constexpr int64_t kDefault = 512, kDefaultOnGpu = 8192, kMost = 65536;
+  if (config.chunk_size.has_value()) {
+    if (*config.chunk_size < 1 || *config.chunk_size > kMost) {
+      throw_usage("--chunk: expected 1 to {} tokens, found {}", kMost, *config.chunk_size);
+    }
+    return *config.chunk_size;
+  }
+  const bool is_sparsek = config.attention.kind == model::AttentionKind::kSparsek;
+  return is_sparsek && config.device != "cpu" ? kDefaultOnGpu : kDefault;
+}
+
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
                               std::optional<int64_t> expected_tokens, int64_t documents) {
   set_threads(config.threads);
-  if (config.chunk_size < 1 || config.chunk_size > 65536) {
-    throw_usage("--chunk: expected 1 to 65536 tokens, found {}", config.chunk_size);
-  }
   model::Transformer model =
       model::Transformer::load({.path = model_path,
                                 .random_weights = config.random_weights,
                                 .attention = config.attention,
                                 .placement = {.dtype = parse_dtype(config.dtype), .device = open_device(config.device)},
-                                .chunk_size = config.chunk_size,
+                                .chunk_size = tokens_at_once(config),
                                 .expected_tokens = expected_tokens,
                                 .documents = documents});
   for (const std::string& notice : model.notices()) std::fprintf(stderr, "sparsek: %s\n", notice.c_str());

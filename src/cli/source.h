@@ -20,6 +20,10 @@ Tokenizer open_tokenizer_file(const std::string& model);
 // and write in all, where that is known; documents: how many states it will hold at a time.
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
                               std::optional<int64_t> expected_tokens, int64_t documents = 1);
+// The chunk that the configuration asks for (UsageError if that is none), or the default. On a GPU the host launches
+// some hundred kernels a layer and chunk of SparseK attention, however long the chunk is: long ones keep it ahead of
+// the GPU. The other kinds' masks grow with chunk times context.
+int64_t tokens_at_once(const ModelConfig& config);
 // What a progress line says while a prompt is read: "reading", on a GPU "reading on cuda:0".
 std::string reading_on(const model::Transformer& model);
 at::ScalarType parse_dtype(const std::string& text);

@@ -37,6 +37,14 @@ __device__ __forceinline__ bool begins_document(const NormaliseParams& p, int i)
   return p.cu_seqlens != nullptr && document_of(p.cu_seqlens, p.num_documents, p.seqlen, i).begin == i;
 }
 
+// Mean and m2 stay as given where no score is normalised.
+__device__ __forceinline__ void write_statistics(const NormaliseParams& p, int lane, const Statistics& last,
+                                                 const Statistics& given) {
+  p.stats[int64_t{3} * lane] = last.count;
+  p.stats[int64_t{3} * lane + 1] = p.timestep_norm ? last.mean : given.mean;
+  p.stats[int64_t{3} * lane + 2] = p.timestep_norm ? last.m2 : given.m2;
+}
+
 // Inclusive, over the CTA's threads, by `merged`; `shared` has one place per thread.
 template <int kCount, class T>
 __device__ T inclusive(T own, T* shared) {
@@ -93,11 +101,8 @@ static __global__ void __launch_bounds__(kScanThreads) chunks_kernel(const __gri
   }
   // The last document may be empty.
   if (p.cu_seqlens != nullptr && p.cu_seqlens[p.num_documents - 1] >= p.seqlen) start = {0, 0, 0, 0};
-  if (threadIdx.x == 0 && p.stats != nullptr) {
-    p.stats[3 * lane] = start.count;
-    p.stats[3 * lane + 1] = p.timestep_norm ? start.mean : in != nullptr ? in[1] : 0;
-    p.stats[3 * lane + 2] = p.timestep_norm ? start.m2 : in != nullptr ? in[2] : 0;
-  }
+  const Statistics given = in != nullptr ? Statistics{in[0], in[1], in[2], 0} : Statistics{0, 0, 0, 0};
+  if (threadIdx.x == 0 && p.stats != nullptr) write_statistics(p, lane, start, given);
 }
 
 }  // namespace sparsek::cuda::normalise
