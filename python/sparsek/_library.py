@@ -28,6 +28,13 @@ CUDA_OPERATIONS = (
     "attention_backward",
     "_window_mass_rows",
     "decode_step",
+    "_add_rms_norm",
+    "_add_rms_norm_backward",
+    "_split_rotary",
+    "_split_rotary_backward",
+    "_swiglu",
+    "_swiglu_backward",
+    "_cross_entropy_",
 )
 
 _cuda_kernels_absent = None  # a torch.library.Library while calls on a GPU are answered with what is missing

@@ -95,4 +95,14 @@ struct BenchModelConfig {
 };
 int run_bench_model(const BenchModelConfig& config);
 
+struct BenchTrainConfig {
+  std::vector<std::string> overrides;  // key=value, as `sparsek train` takes them
+  std::vector<int64_t> seqlens{16384, 32768};
+  std::vector<std::string> backends{"flash", "cudnn", "efficient"};  // of torch's dense attention on a GPU
+  int64_t steps = 8;                                                 // timed at most, for each length and backend
+  double seconds = 5;                                                // of timed steps, but two steps at least
+  bool json = false;
+};
+int run_bench_train(const BenchTrainConfig& config);
+
 }  // namespace sparsek::cli

@@ -3,6 +3,7 @@
 // Exit codes: 0 done, 1 a file, model or text that cannot be used, 2 wrong usage, 130 interrupted.
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -199,6 +200,23 @@ CLI::App* add_bench_model(CLI::App& bench, BenchModelConfig& config, AttentionFl
   return &command;
 }
 
+CLI::App* add_bench_train(CLI::App& bench, BenchTrainConfig& config) {
+  CLI::App& command =
+      *bench.add_subcommand("train", "Training steps of a random model, SmolLM2-135M's shape by default");
+  command.add_option("overrides", config.overrides, "key=value, as `sparsek train` takes them");
+  add_counts(command, "--seqlen", config.seqlens, "sequence lengths");
+  command.get_option("--seqlen")->allow_extra_args(false);  // what follows are overrides
+  command
+      .add_option("--backends", config.backends, "of torch's dense attention on a GPU: flash, cudnn, efficient, math")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->default_str(fmt::format("{}", fmt::join(config.backends, ",")));
+  add_count(command, "--steps", config.steps, "timed steps at most, for each length and backend");
+  add_number(command, "--seconds", config.seconds, "of timed steps; two steps at least");
+  command.add_flag("--json", config.json, "one JSON object");
+  return &command;
+}
+
 // What leaves more memory free, in options that the command has and the attention looks at.
 std::string memory_advice(const CLI::App& command, model::AttentionKind kind) {
   const bool is_dense = kind == model::AttentionKind::kDense, selects = kind == model::AttentionKind::kSparsek;
@@ -247,6 +265,8 @@ int run(int argc, char** argv, std::string& advice) {
   bench.require_subcommand(1);
   const CLI::App* attention_command = add_bench_attention(bench, bench_attention);
   add_bench_model(bench, bench_model, flags);
+  BenchTrainConfig bench_train;
+  const CLI::App* train_command = add_bench_train(bench, bench_train);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -265,6 +285,7 @@ int run(int argc, char** argv, std::string& advice) {
   if (app.got_subcommand("tokenize")) return run_tokenize(tokenize);
   if (app.got_subcommand("train")) return run_train(train);
   if (app.got_subcommand("adapt")) return run_adapt(adapt);
+  if (bench.got_subcommand(train_command)) return run_bench_train(bench_train);
   return bench.got_subcommand(attention_command) ? run_bench_attention(bench_attention) : run_bench_model(bench_model);
 }
 

@@ -119,16 +119,6 @@ int run(train::TrainConfig config, const TrainArguments& arguments) {
   return 0;
 }
 
-// Keys of a configuration are no options of the command: main would put dashes before them.
-template <class Action>
-int with_keys(const Action& action) {
-  try {
-    return action();
-  } catch (const UsageError& error) {
-    throw UsageError(std::string(error.what()));
-  }
-}
-
 void add_common(CLI::App& command, TrainArguments& arguments) {
   command.add_flag("--print-config", arguments.print_config, "show the configuration as it was understood, and end");
   command.add_flag("--resume", arguments.resume, "go on after the newest checkpoint in run.folder");

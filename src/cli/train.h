@@ -4,7 +4,19 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
+
 namespace sparsek::cli {
+
+// Keys of a configuration are no options of the command: main would put dashes before them.
+template <class Action>
+int with_keys(const Action& action) {
+  try {
+    return action();
+  } catch (const UsageError& error) {
+    throw UsageError(std::string(error.what()));
+  }
+}
 
 struct TrainArguments {
   std::string config;                  // TOML file; empty: defaults

@@ -36,29 +36,32 @@ bool rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor& out
 bool rotary_out(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& out) {
   if (!applies(x)) return false;
   const c10::cuda::CUDAGuard guard(x.device());
-  cuda::rotary({.x = x.const_data_ptr(),
-                .out = out.mutable_data_ptr(),
-                .cos = cos.const_data_ptr<float>(),
-                .sin = sin.const_data_ptr<float>(),
-                .x_token_stride = x.stride(0),
-                .x_head_stride = x.stride(1),
-                .out_token_stride = out.stride(0),
-                .out_head_stride = out.stride(1),
-                .angle_stride = cos.size(0) == 1 ? 0 : cos.stride(0),
-                .tokens = x.size(0),
-                .heads = static_cast<int32_t>(x.size(1)),
-                .head_dim = static_cast<int32_t>(x.size(2))},
-               c10::cuda::getCurrentCUDAStream());
+  // cos holds each angle twice, sin (-sin | sin): the second halves are the angles' own.
+  const int64_t half = x.size(2) / 2, angle_stride = cos.size(0) == 1 ? 0 : cos.stride(0);
+  cuda::RotaryParams params{.num_parts = 1, .head_dim = static_cast<int32_t>(x.size(2)), .tokens = x.size(0)};
+  params.parts[0] = {.first = {.x = x.const_data_ptr(),
+                               .cos = cos.const_data_ptr<float>() + half,
+                               .sin = sin.const_data_ptr<float>() + half,
+                               .x_token_stride = x.stride(0),
+                               .x_head_stride = x.stride(1),
+                               .angle_token_stride = angle_stride},
+                     .out = out.mutable_data_ptr(),
+                     .out_token_stride = out.stride(0),
+                     .out_head_stride = out.stride(1),
+                     .heads = static_cast<int32_t>(x.size(1))};
+  cuda::rotary(params, c10::cuda::getCurrentCUDAStream());
   return true;
 }
 
 bool swiglu_(Tensor& gate, const Tensor& up) {
   if (!applies(gate)) return false;
   const c10::cuda::CUDAGuard guard(gate.device());
-  cuda::swiglu({.gate = gate.mutable_data_ptr(),
+  cuda::swiglu({.gate = gate.const_data_ptr(),
                 .up = up.const_data_ptr(),
+                .out = gate.mutable_data_ptr(),
                 .gate_stride = gate.stride(0),
                 .up_stride = up.stride(0),
+                .out_stride = gate.stride(0),
                 .rows = gate.size(0),
                 .ffn = static_cast<int32_t>(gate.size(1))},
                c10::cuda::getCurrentCUDAStream());

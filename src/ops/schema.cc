@@ -125,4 +125,28 @@ TORCH_LIBRARY(sparsek, m) {
       "_window_mass_rows(Tensor q, Tensor k, Tensor? q_far, Tensor? k_far, Tensor window_begin, Tensor far_begin, "
       "Tensor far_end, Tensor? mass_in, *, int window_size, float softmax_scale) -> Tensor",
       tags);
+
+  // Between attention layers (layer_ops.h). rstd is the gradient's, empty where torch differentiates by itself.
+  m.def(
+      "_add_rms_norm(Tensor x, Tensor? update, Tensor weight, *, float eps, ScalarType dtype) -> "
+      "(Tensor out, Tensor sum, Tensor rstd)",
+      tags);
+  m.def(
+      "_add_rms_norm_backward(Tensor dout, Tensor? dsum, Tensor sum, Tensor rstd, Tensor weight, *, bool has_update, "
+      "bool weight_gradient) -> (Tensor dx, Tensor dupdate, Tensor dweight)",
+      tags);
+  m.def(
+      "_split_rotary(Tensor qkv, Tensor cos, Tensor sin, Tensor? far_cos, Tensor? far_sin, *, int num_heads, "
+      "int num_kv_heads) -> (Tensor q, Tensor k, Tensor v, Tensor q_far, Tensor k_far)",
+      tags);
+  m.def(
+      "_split_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? dq_far, Tensor? dk_far, Tensor cos, Tensor sin, "
+      "Tensor? far_cos, Tensor? far_sin) -> Tensor",
+      tags);
+  m.def("_swiglu(Tensor gate_up) -> Tensor", tags);
+  m.def("_swiglu_backward(Tensor dout, Tensor gate_up) -> Tensor", tags);
+  m.def(
+      "_cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor? teacher, *, int ignored, float next_token_weight, "
+      "float kl_weight, bool writes_gradient) -> (Tensor losses, Tensor divergences)",
+      tags);
 }

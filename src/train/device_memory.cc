@@ -1,6 +1,7 @@
 #include "train/device_memory.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <sys/resource.h>
 
 namespace sparsek::train {
@@ -13,6 +14,17 @@ int64_t peak_memory_bytes(c10::Device device) {
   }
   const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
   return stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+}
+
+void forget_peak_memory(c10::Device device) {
+  if (device.is_cpu()) return;
+  auto* allocator = c10::getDeviceAllocator(device.type());
+  allocator->emptyCache();
+  allocator->resetPeakStats(device.index());
+}
+
+void wait_for(c10::Device device) {
+  if (!device.is_cpu()) c10::impl::getDeviceGuardImpl(device.type())->synchronizeDevice(device.index());
 }
 
 }  // namespace sparsek::train

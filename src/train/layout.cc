@@ -1,51 +1,23 @@
 #include "train/layout.h"
 
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 namespace sparsek::train {
-namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  const at::Tensor wide = x.to(cos.scalar_type());
-  const int64_t half = x.size(-1) / 2;
-  const at::Tensor a = wide.narrow(-1, 0, half), b = wide.narrow(-1, half, half);
-  return at::cat({a * cos - b * sin, b * cos + a * sin}, -1).to(x.scalar_type());
-}
-
-// The gradient of a rotation is the rotation back: nothing but the angles is kept.
-struct Rotate : torch::autograd::Function<Rotate> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-    ctx->save_for_backward({cos, sin});
-    return rotated(x, cos, sin);
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const variable_list saved = ctx->get_saved_variables();
-    return {rotated(gradients[0], saved[0], -saved[1]), {}, {}};
-  }
-};
-
-}  // namespace
-
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  return Rotate::apply(x, cos, sin);
-}
-
 Layout make_layout(const model::Rope& rope, int64_t batch, int64_t seqlen, std::vector<int32_t> document_ends,
                    std::vector<int64_t> positions, at::Device device, at::ScalarType dtype) {
   Layout layout;
   layout.batch = batch;
   layout.seqlen = seqlen;
   std::vector<at::Tensor> cos, sin;
-  const auto to_device = [&](const at::Tensor& angles) { return angles.to(device, dtype).unsqueeze(-2); };
+  // Tables for plain operations are as wide as a head, (cos | cos) and (-sin | sin).
+  const auto half = static_cast<int64_t>(rope.inverse_frequencies().size());
+  const auto to_device = [&](const at::Tensor& angles) {
+    return angles.narrow(-1, angles.size(-1) - half, half).to(device, dtype).contiguous().unsqueeze(-2);
+  };
   if (!document_ends.empty()) {
     TORCH_CHECK(batch == 1 && positions.empty() && document_ends.back() == seqlen,
                 "make_layout: packed documents are one row that they fill");

@@ -23,7 +23,4 @@ struct Layout {
 Layout make_layout(const model::Rope& rope, int64_t batch, int64_t seqlen, std::vector<int32_t> document_ends,
                    std::vector<int64_t> positions, at::Device device, at::ScalarType dtype);
 
-// Half-split rotation of x [batch, seqlen, heads, head_dim] by the angles; computed in the angles' type, rounded once.
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin);
-
 }  // namespace sparsek::train

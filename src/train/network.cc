@@ -2,10 +2,11 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/rms_norm.h>
-#include <ATen/ops/silu.h>
+
+#include "ops/layer_ops.h"
 
 namespace sparsek::train {
 
@@ -14,7 +15,9 @@ Network::Network(model::ModelConfig config, Parameters parameters, AttentionSett
       parameters_(std::move(parameters)),
       settings_(std::move(settings)),
       options_(options),
-      rope_(config_.rope, config_.head_dim, settings_.attention.far_distance) {
+      // On a GPU angles are computed there: on the host they would take as long as a layer does.
+      rope_(config_.rope, config_.head_dim, settings_.attention.far_distance,
+            {.device = options_.device, .plain = !options_.device.is_cpu()}) {
   visit_parameters(parameters_, [&](const std::string&, at::Tensor& tensor, Group) {
     tensor = tensor.detach().to(options_.device).requires_grad_(tensor.requires_grad());
   });
@@ -39,14 +42,19 @@ std::vector<LayerState> Network::new_states(int64_t batch) const {
   return states;
 }
 
-// The residual stream stays in float32 (float64): bfloat16 loses small updates of deep models.
 at::Tensor Network::embed(const at::Tensor& ids) const {
   return at::embedding(parameters_.embedding, ids).to(options_.dtype == at::kDouble ? at::kDouble : at::kFloat);
 }
 
 at::Tensor Network::norm(const at::Tensor& x, const at::Tensor& weight) const {
-  const at::Tensor scale = weight.to(x.scalar_type());
-  return at::rms_norm(x, {x.size(-1)}, scale, config_.rms_eps).to(options_.dtype);
+  return ops::add_rms_norm(x, {}, weight, config_.rms_eps, options_.dtype).out;
+}
+
+at::Tensor Network::norm(Stream& stream, const at::Tensor& weight) const {
+  const ops::MaybeTensor update = stream.update.defined() ? ops::MaybeTensor(stream.update) : std::nullopt;
+  const auto [sum, out] = ops::add_rms_norm(stream.residual, update, weight, config_.rms_eps, options_.dtype);
+  stream = {sum, {}};
+  return out;
 }
 
 at::Tensor Network::product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -57,86 +65,90 @@ at::Tensor Network::product(const at::Tensor& x, const at::Tensor& weight, const
   return y;
 }
 
-AttentionInputs Network::project(const LayerParameters& layer, const at::Tensor& residual, const Layout& layout) const {
-  AttentionInputs in;
-  in.x = norm(residual, layer.attention_norm);
-  const at::Tensor qkv = product(in.x, layer.qkv, layer.qkv_bias, layer.qkv_lora);
-  const auto heads = [&](int64_t first, int64_t count) {
-    return qkv.narrow(-1, first, count * config_.head_dim).unflatten(-1, {count, config_.head_dim});
-  };
-  at::Tensor q = heads(0, config_.num_heads), k = heads(config_.q_dim(), config_.num_kv_heads);
-  in.v = heads(config_.q_dim() + config_.kv_dim(), config_.num_kv_heads);
+AttentionInputs Network::project(const LayerParameters& layer, const at::Tensor& x, const Layout& layout) const {
+  at::Tensor qkv = product(x, layer.qkv, layer.qkv_bias, layer.qkv_lora);
   if (layer.query_norm.defined()) {
-    q = norm(q.to(residual.scalar_type()), layer.query_norm);
-    k = norm(k.to(residual.scalar_type()), layer.key_norm);
+    const at::ScalarType wide = layout.cos.scalar_type();
+    const auto normed = [&](int64_t first, int64_t count, const at::Tensor& weight) {
+      const at::Tensor heads = qkv.narrow(-1, first, count * config_.head_dim).unflatten(-1, {count, config_.head_dim});
+      return norm(heads.to(wide), weight).flatten(-2);
+    };
+    qkv = at::cat(
+        {normed(0, config_.num_heads, layer.query_norm), normed(config_.q_dim(), config_.num_kv_heads, layer.key_norm),
+         qkv.narrow(-1, config_.q_dim() + config_.kv_dim(), config_.kv_dim())},
+        -1);
   }
-  if (layout.far_cos.defined()) {
-    in.q_far = rotate(q, layout.far_cos, layout.far_sin);
-    in.k_far = k;
-  }
-  in.q = rotate(q, layout.cos, layout.sin);
-  in.k = rotate(k, layout.cos, layout.sin);
-  return in;
+  const auto maybe = [](const at::Tensor& tensor) {
+    return tensor.defined() ? ops::MaybeTensor(tensor) : std::nullopt;
+  };
+  const auto [q, k, v, q_far, k_far] =
+      ops::split_rotary(qkv, layout.cos, layout.sin, maybe(layout.far_cos), maybe(layout.far_sin), config_.num_heads,
+                        config_.num_kv_heads);
+  return {.x = x, .q = q, .k = k, .v = v, .q_far = q_far, .k_far = k_far};
 }
 
-at::Tensor Network::layer_forward(const LayerParameters& layer, at::Tensor residual, const Layout& layout,
-                                  LayerState* state, const std::function<void(const AttentionInputs&)>& watch) const {
-  const at::ScalarType wide = residual.scalar_type();
-  const AttentionInputs in = project(layer, residual, layout);
+Network::Stream Network::layer_forward(const LayerParameters& layer, Stream stream, const Layout& layout,
+                                       LayerState* state,
+                                       const std::function<void(const AttentionInputs&)>& watch) const {
+  const AttentionInputs in = project(layer, norm(stream, layer.attention_norm), layout);
   if (watch) watch(in);
   auto [out, next] = attend(settings_, layer, in, layout, state);
   if (state != nullptr) *state = std::move(next);
-  residual = residual +
-             product(out.flatten(-2), layer.attention_output, layer.attention_output_bias, layer.attention_output_lora)
-                 .to(wide);
-  const at::Tensor x = norm(residual, layer.ffn_norm);
-  const at::Tensor gate_up = product(x, layer.gate_up, {}, layer.gate_up_lora);
-  const at::Tensor gate = gate_up.narrow(-1, 0, config_.ffn_dim),
-                   up = gate_up.narrow(-1, config_.ffn_dim, config_.ffn_dim);
-  return residual + product(at::silu(gate) * up, layer.down, {}, layer.down_lora).to(wide);
+  stream.update =
+      product(out.flatten(-2), layer.attention_output, layer.attention_output_bias, layer.attention_output_lora);
+  const at::Tensor gate_up = product(norm(stream, layer.ffn_norm), layer.gate_up, {}, layer.gate_up_lora);
+  stream.update = product(ops::swiglu(gate_up), layer.down, {}, layer.down_lora);
+  return stream;
 }
 
 at::Tensor Network::forward(const at::Tensor& ids, const Layout& layout, std::vector<LayerState>* states) const {
-  at::Tensor residual = embed(ids);
+  Stream stream{embed(ids), {}};
   for (size_t i = 0; i < parameters_.layers.size(); ++i) {
     const LayerParameters& layer = parameters_.layers[i];
     LayerState* state = states != nullptr ? &(*states)[i] : nullptr;
     if (!options_.recompute || !at::GradMode::is_enabled()) {
-      residual = layer_forward(layer, residual, layout, state, {});
+      stream = layer_forward(layer, std::move(stream), layout, state, {});
       continue;
     }
-    // inputs: the residual, the layer's parameters, the carried tensors; outputs: the residual, the carried tensors.
-    Tensors inputs = {residual};
+    // inputs: the stream, the layer's parameters, the carried tensors; outputs: the stream, the carried tensors.
+    Tensors inputs = {stream.residual};
+    const bool has_update = stream.update.defined();
+    if (has_update) inputs.push_back(stream.update);
     visit_layer(layer, [&](const char*, const at::Tensor& tensor, Group) { inputs.push_back(tensor); });
     if (state != nullptr) {
       for (const at::Tensor& tensor : tensors_of(*state)) inputs.push_back(tensor);
     }
     const LayerState like = state != nullptr ? detached(*state) : LayerState();
     const bool has_state = state != nullptr;
-    const auto function = [this, shape = layer, layout, like, has_state](const Tensors& given) -> Tensors {
+    const auto function = [this, shape = layer, layout, like, has_state, has_update](const Tensors& given) -> Tensors {
       LayerParameters local = shape;
-      size_t next = 1;
+      size_t next = 0;
+      Stream from{given[next++], {}};
+      if (has_update) from.update = given[next++];
       visit_layer(local, [&](const char*, at::Tensor& tensor, Group) { tensor = given[next++]; });
-      if (!has_state) return {layer_forward(local, given[0], layout, nullptr, {})};
-      LayerState carried = with_tensors(like, {given.begin() + static_cast<std::ptrdiff_t>(next), given.end()});
-      Tensors outputs = {layer_forward(local, given[0], layout, &carried, {})};
-      for (const at::Tensor& tensor : tensors_of(carried)) outputs.push_back(tensor);
+      LayerState carried;
+      if (has_state) carried = with_tensors(like, {given.begin() + static_cast<std::ptrdiff_t>(next), given.end()});
+      const Stream to = layer_forward(local, std::move(from), layout, has_state ? &carried : nullptr, {});
+      Tensors outputs = {to.residual, to.update};
+      if (has_state) {
+        for (const at::Tensor& tensor : tensors_of(carried)) outputs.push_back(tensor);
+      }
       return outputs;
     };
     const Tensors outputs = recompute(function, inputs);
-    residual = outputs[0];
-    if (has_state) *state = with_tensors(like, {outputs.begin() + 1, outputs.end()});
+    stream = {outputs[0], outputs[1]};
+    if (has_state) *state = with_tensors(like, {outputs.begin() + 2, outputs.end()});
   }
-  return norm(residual, parameters_.final_norm);
+  return norm(stream, parameters_.final_norm);
 }
 
 at::Tensor Network::forward_watched(const at::Tensor& ids, const Layout& layout, const Watch& watch) const {
-  at::Tensor residual = embed(ids);
+  Stream stream{embed(ids), {}};
   for (size_t i = 0; i < parameters_.layers.size(); ++i) {
-    residual = layer_forward(parameters_.layers[i], residual, layout, nullptr,
-                             [&](const AttentionInputs& in) { watch(static_cast<int64_t>(i), in); });
+    stream = layer_forward(parameters_.layers[i], std::move(stream), layout, nullptr,
+                           [&](const AttentionInputs& in) { watch(static_cast<int64_t>(i), in); });
   }
-  return norm(residual, parameters_.final_norm);
+  return norm(stream, parameters_.final_norm);
 }
 
 }  // namespace sparsek::train

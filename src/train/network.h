@@ -52,12 +52,20 @@ class Network {
   at::Tensor forward_watched(const at::Tensor& ids, const Layout& layout, const Watch& watch) const;
 
  private:
+  // Between layers: the residual stream, and what the last product adds to it. The next norm adds it in passing.
+  struct Stream {
+    at::Tensor residual;  // float32 (float64): bfloat16 loses small updates of deep models
+    at::Tensor update;    // in the compute type; undefined: nothing to add
+  };
+
   at::Tensor embed(const at::Tensor& ids) const;
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
+  // Of the stream's sum, which then is the stream.
+  at::Tensor norm(Stream& stream, const at::Tensor& weight) const;
   at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const Lora& lora) const;
-  AttentionInputs project(const LayerParameters& layer, const at::Tensor& residual, const Layout& layout) const;
-  at::Tensor layer_forward(const LayerParameters& layer, at::Tensor residual, const Layout& layout, LayerState* state,
-                           const std::function<void(const AttentionInputs&)>& watch) const;
+  AttentionInputs project(const LayerParameters& layer, const at::Tensor& x, const Layout& layout) const;
+  Stream layer_forward(const LayerParameters& layer, Stream stream, const Layout& layout, LayerState* state,
+                       const std::function<void(const AttentionInputs&)>& watch) const;
 
   model::ModelConfig config_;
   Parameters parameters_;

@@ -41,7 +41,8 @@ Optimiser::Optimiser(Parameters& parameters, const OptimiserOptions& options, in
     const at::NoGradGuard no_grad;
     group.first.push_back(at::zeros_like(tensor));
     group.second.push_back(at::zeros_like(tensor));
-    group.steps.push_back(at::zeros({}, tensor.options().dtype(at::kFloat)));
+    // One number for all: only read by the update, and written once a step.
+    group.steps.push_back(group.steps.empty() ? at::zeros({}, tensor.options().dtype(at::kFloat)) : group.steps[0]);
     if (name.ends_with(".slope")) slopes_.push_back(tensor);
   });
 }
@@ -71,7 +72,7 @@ Optimiser::Step Optimiser::apply(int64_t step, bool loss_is_finite) {
     GroupState& group = groups_[g];
     if (group.parameters.empty()) continue;
     if (clip < 1) at::_foreach_mul_(gradients[g], clip);
-    for (at::Tensor& steps : group.steps) steps.fill_(static_cast<double>(num_applied_));
+    group.steps[0].fill_(static_cast<double>(num_applied_));
     at::_fused_adamw_(group.parameters, gradients[g], group.first, group.second, {}, group.steps, group.rate * factor,
                       options_.beta1, options_.beta2, group.weight_decay, options_.eps, /*amsgrad=*/false,
                       /*maximize=*/false);

@@ -2,19 +2,19 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/log_softmax.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <optional>
+
+#include "ops/layer_ops.h"
 
 namespace sparsek::train {
 namespace {
@@ -26,25 +26,23 @@ at::ScalarType sum_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-struct Inputs {
-  const at::Tensor &hidden, &output, &targets;
-};
-
-// Calls block(first, count, log_probabilities [count, vocab_size], targets, valid) for each block of rows.
+// Calls block(first, count, logits [count, vocab_size]) for each block of rows; the logits are the block's to change.
 template <class Block>
-void for_each_block(const Inputs& in, int64_t rows, Block block) {
-  const at::Tensor output = in.output.to(in.hidden.scalar_type());
-  for (int64_t first = 0; first < in.hidden.size(0); first += rows) {
-    const int64_t count = std::min(rows, in.hidden.size(0) - first);
-    const at::Tensor logits = at::linear(in.hidden.narrow(0, first, count), output);
-    const at::Tensor targets = in.targets.narrow(0, first, count);
-    block(first, count, at::log_softmax(logits, -1, sum_dtype(in.hidden)), targets, targets.ne(kIgnored));
+void for_each_block(const at::Tensor& hidden, const at::Tensor& output, int64_t rows, Block block) {
+  for (int64_t first = 0; first < hidden.size(0); first += rows) {
+    const int64_t count = std::min(rows, hidden.size(0) - first);
+    at::Tensor logits = at::linear(hidden.narrow(0, first, count), output);
+    block(first, count, logits);
   }
 }
 
-at::Tensor picked(const at::Tensor& log_probabilities, const at::Tensor& targets, const at::Tensor& valid) {
-  const at::Tensor chosen = log_probabilities.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1);
-  return at::where(valid, -chosen, at::zeros_like(chosen));
+// sum += a^T b, in float32 where a GPU's products are of a half type.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_cuda() && sum.scalar_type() != a.scalar_type()) {
+    at::addmm_out(sum, sum, a.t(), b, sum.scalar_type());
+  } else {
+    sum += at::matmul(a.t(), b);
+  }
 }
 
 struct TokenLossFunction : torch::autograd::Function<TokenLossFunction> {
@@ -53,40 +51,33 @@ struct TokenLossFunction : torch::autograd::Function<TokenLossFunction> {
                                const std::optional<at::Tensor>& teacher_output, double next_token_weight,
                                double kl_weight, int64_t rows, bool has_gradient) {
     const at::ScalarType dtype = hidden.scalar_type();
-    const auto options = hidden.options().dtype(sum_dtype(hidden));
+    const auto sums = hidden.options().dtype(sum_dtype(hidden));
     const bool needs_hidden = has_gradient && hidden.requires_grad();
     const bool needs_output = has_gradient && output.requires_grad();
     const at::NoGradGuard no_grad;
-    at::Tensor next_token = at::zeros({}, options), kl = at::zeros({}, options);
+    at::Tensor next_token = at::zeros({}, sums), kl = at::zeros({}, sums);
     at::Tensor dhidden, doutput;
     if (needs_hidden) dhidden = at::empty(hidden.sizes(), hidden.options());
     if (needs_output) doutput = at::zeros(output.sizes(), output.options());
-    const at::Tensor weights = needs_hidden ? output.to(dtype) : at::Tensor();
+    const at::Tensor weights = output.to(dtype);
     at::Tensor teacher_weights;
     if (teacher_hidden) teacher_weights = teacher_output->to(teacher_hidden->scalar_type());
-    for_each_block(
-        {hidden, output, targets}, rows,
-        [&](int64_t first, int64_t count, const at::Tensor& log_p, const at::Tensor& wanted, const at::Tensor& valid) {
-          next_token += picked(log_p, wanted, valid).sum();
-          at::Tensor log_teacher;
-          if (teacher_hidden) {
-            log_teacher = at::log_softmax(at::linear(teacher_hidden->narrow(0, first, count), teacher_weights), -1,
-                                          log_p.scalar_type());
-            const at::Tensor divergence = (log_teacher.exp() * (log_teacher - log_p)).sum(-1);
-            kl += at::where(valid, divergence, at::zeros_like(divergence)).sum();
-          }
-          if (!needs_hidden && !needs_output) return;
-          // d cross-entropy = p - onehot(target), d KL(teacher || p) = p - p_teacher.
-          at::Tensor dlogits = log_p.exp() * (next_token_weight + (teacher_hidden ? kl_weight : 0));
-          if (next_token_weight != 0) {
-            const at::Tensor index = wanted.clamp_min(0).unsqueeze(1);
-            dlogits.scatter_add_(1, index, at::zeros_like(index, log_p.options()).fill_(-next_token_weight));
-          }
-          if (log_teacher.defined()) dlogits -= log_teacher.exp_().mul_(kl_weight);
-          dlogits = (dlogits * valid.unsqueeze(1)).to(dtype);
-          if (needs_hidden) dhidden.narrow(0, first, count).copy_(at::matmul(dlogits, weights));
-          if (needs_output) doutput += at::matmul(dlogits.t(), hidden.narrow(0, first, count));
-        });
+    const ops::CrossEntropyOptions options{.ignored = kIgnored,
+                                           .next_token_weight = next_token_weight,
+                                           .kl_weight = kl_weight,
+                                           .writes_gradient = needs_hidden || needs_output};
+    for_each_block(hidden, weights, rows, [&](int64_t first, int64_t count, at::Tensor& logits) {
+      ops::MaybeTensor teacher;
+      if (teacher_hidden) teacher = at::linear(teacher_hidden->narrow(0, first, count), teacher_weights);
+      const auto [losses, divergences] = ops::cross_entropy_(logits, targets.narrow(0, first, count), teacher, options);
+      next_token += losses.sum();
+      if (teacher_hidden) kl += divergences.sum();
+      if (needs_hidden) {
+        at::Tensor part = dhidden.narrow(0, first, count);
+        at::mm_out(part, logits, weights);
+      }
+      if (needs_output) add_product(doutput, logits, hidden.narrow(0, first, count));
+    });
     const at::Tensor total = next_token * next_token_weight + kl * kl_weight;
     ctx->save_for_backward({dhidden, doutput});
     ctx->mark_non_differentiable({next_token, kl});
@@ -118,12 +109,11 @@ TokenScores token_scores(const at::Tensor& hidden, const at::Tensor& output, con
   const at::NoGradGuard no_grad;
   TokenScores scores{at::empty({hidden.size(0)}, hidden.options().dtype(sum_dtype(hidden))),
                      at::empty({hidden.size(0)}, hidden.options().dtype(at::kBool))};
-  for_each_block(
-      {hidden, output, targets}, rows,
-      [&](int64_t first, int64_t count, const at::Tensor& log_p, const at::Tensor& wanted, const at::Tensor& valid) {
-        scores.losses.narrow(0, first, count).copy_(picked(log_p, wanted, valid));
-        scores.hits.narrow(0, first, count).copy_(log_p.argmax(1).eq(wanted).logical_and_(valid));
-      });
+  for_each_block(hidden, output.to(hidden.scalar_type()), rows, [&](int64_t first, int64_t count, at::Tensor& logits) {
+    const at::Tensor wanted = targets.narrow(0, first, count);
+    scores.losses.narrow(0, first, count).copy_(ops::cross_entropy_(logits, wanted, {}, {.ignored = kIgnored}).losses);
+    scores.hits.narrow(0, first, count).copy_(logits.argmax(1).eq(wanted).logical_and_(wanted.ne(kIgnored)));
+  });
   return scores;
 }
 

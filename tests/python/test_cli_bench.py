@@ -7,6 +7,10 @@ from program import fails, run
 ATTENTION = ["bench", "attention", "--seqlen", "70,64", "--topk", 8, "--window", 8, "--repeats", 1]
 MODEL = ["bench", "model", "--model", "smollm2", "--context", "3,5", "--decode-tokens", 2, "--topk", 8, "--window", 8]
 
+TRAIN = ["bench", "train", "--seqlen", "40,24", "--steps", 2, "run.threads=1", "model.vocab_size=96", "model.num_layers=1",
+         "model.dim=32", "model.ffn_dim=48", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
+         "attention.topk=8", "attention.window_size=8"]
+
 
 @pytest.mark.parametrize("options", [[], ["--backward", "--dtype", "f32"], ["--scores", "rising", "--sinks", 2, "--no-dense"]],
                          ids=["forward", "backward", "rising"])
@@ -48,6 +52,19 @@ def test_documents_side_by_side_of_a_shape(tmp_path):
     fails(1, "bench", "model", "--model", tmp_path, "--random-weights", mentions=[str(tmp_path)])
 
 
+@pytest.mark.parametrize("kind", ["sparsek", "window", "dense"])
+def test_train(kind):
+    result = run(*TRAIN, f"attention.kind={kind}", "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    found = json.loads(result.stdout)
+    assert found["attention"] == kind and [row["seqlen"] for row in found["results"]] == [24, 40]
+    for row in found["results"]:
+        rates = row["tokens_per_second"]
+        assert 0 < rates["min"] <= rates["median"] <= rates["max"] and row["timed_steps"] == 2
+        assert 4 < row["loss"] < 5.5 and row["peak_memory_bytes"] > 0  # ln 96 = 4.56
+    assert len(run(*TRAIN, f"attention.kind={kind}").stdout.splitlines()) == 3
+
+
 @pytest.mark.parametrize("command, options, mentions", [
     (ATTENTION, ["--scores", "falling"], ["--scores", "falling", "rising"]),
     (ATTENTION, ["--repeats", "0"], ["--repeats", "0"]),
@@ -85,6 +102,11 @@ def test_documents_side_by_side_of_a_shape(tmp_path):
     (MODEL, ["--gate", "open"], ["--gate", "open"]),
     (MODEL, ["--slope", "-1"], ["--slope", "-1"]),
     (MODEL, ["--attention", "dense"], ["--topk"]),
+    (TRAIN, ["--seqlen", "0"], ["--seqlen", "0"]),
+    (TRAIN, ["--steps", "1"], ["--steps", "1"]),
+    (TRAIN, ["--backends", "fast"], ["--backends", "fast", "flash"]),
+    (TRAIN, ["attention.topc=8"], ["attention.topc", "attention.topk"]),
+    (TRAIN, ["recurrent.chunk=8"], ["recurrent.chunk", "8"]),
     (["bench"], [], []),
 ], ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) and value and value[0].startswith("--") else "")
 def test_wrong_usage_exits_2(command, options, mentions):

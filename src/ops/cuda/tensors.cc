@@ -53,19 +53,20 @@ thread_local const char* current_operation = "an operation";
 }  // namespace
 
 // By the C function rather than the dispatcher: an attention makes a dozen of them.
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device) {
-  constexpr size_t kMostDimensions = 4;
-  assert(sizes.size() <= kMostDimensions);
+Tensor empty(std::span<const int64_t> sizes, ScalarType dtype, int32_t device) {
+  constexpr size_t kMostDimensions = 8;
+  check_value(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions on a GPU, got ",
+              sizes.size());
   int64_t strides[kMostDimensions] = {}, stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_code(dtype),
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype_code(dtype),
                                aoti_torch_device_type_cuda(), device, &handle) != AOTI_TORCH_SUCCESS) {
     const auto element_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code(dtype)));
-    throw_no_memory(sizes.begin(), sizes.size(), dtype, stride * element_bytes, device);
+    throw_no_memory(sizes.data(), sizes.size(), dtype, stride * element_bytes, device);
   }
   return Tensor(handle);
 }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <tuple>
 
 #include "kernels/params.h"
@@ -27,22 +28,20 @@ inline bool given(const MaybeTensor& tensor) {
 // A contiguous tensor on a device's memory, of the caching allocator, not written. Where there is no memory:
 // std::runtime_error with the operation, the bytes wanted and the bytes there are. (Torch's own OutOfMemoryError does
 // not come through the stable ABI.)
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device);
+Tensor empty(std::span<const int64_t> sizes, ScalarType dtype, int32_t device);
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device) {
+  return empty(std::span(sizes.begin(), sizes.size()), dtype, device);
+}
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   return empty(sizes, dtype, like.get_device_index());
 }
-inline Tensor new_like(const Tensor& like) {
+// Like another one in shape and device.
+inline Tensor new_like(const Tensor& like, ScalarType dtype) {
   const auto sizes = like.sizes();
-  int64_t copy[5] = {};
-  for (size_t i = 0; i < sizes.size() && i < 5; ++i) copy[i] = sizes[i];
-  switch (sizes.size()) {
-    case 3:
-      return empty({copy[0], copy[1], copy[2]}, like.scalar_type(), like);
-    case 4:
-      return empty({copy[0], copy[1], copy[2], copy[3]}, like.scalar_type(), like);
-    default:
-      return empty({like.numel()}, like.scalar_type(), like);
-  }
+  return empty(std::span(sizes.data(), sizes.size()), dtype, like.get_device_index());
+}
+inline Tensor new_like(const Tensor& like) {
+  return new_like(like, like.scalar_type());
 }
 
 template <class T>
