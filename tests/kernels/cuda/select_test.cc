@@ -282,6 +282,44 @@ TEST(CudaSelect, EqualsCpuOnLongSequences) {
   }
 }
 
+// More than 16 chunks: bounds drop arrivals and pool keys (kernels/cuda/select/bounds.cuh). Lengths around the switch
+// and around the chunks at which bounds begin, documents that begin and end there, and scores that meet a bound: ties,
+// topk keys far above equal ones (no fractions: tau is one below the last of them), few far away from the others.
+TEST(CudaSelect, BoundsLeaveOutOnlyWhatNeverMatters) {
+  SKIP_WITHOUT_DEVICE();
+  constexpr int kChunk = 64;
+  uint64_t seed = 0;
+  for (const int64_t chunks : {16, 17, 25, 41}) {
+    for (const int64_t more : {-1, 0, 1}) {
+      for (const bool packed : {false, true}) {
+        for (const int kind : {0, 1, 2, 3, 4}) {
+          Spec spec;
+          spec.seqlen = chunks * kChunk + more;
+          spec.num_kv_heads = 2;
+          spec.topk = 32;
+          spec.window_size = seed % 2 ? 5 : 70;
+          spec.num_sinks = static_cast<int64_t>(seed % 3);
+          spec.pool_size = std::vector<int64_t>{0, 33, 90}[(seed + chunks) % 3];
+          if (packed) spec.cu_seqlens = {0, 3, 8 * kChunk + more, spec.seqlen};
+          Values scores = normal(spec.seqlen * 2, ++seed);
+          for (int64_t i = 0; i < spec.seqlen * 2; ++i) {
+            double& u = scores[i];
+            if (kind == 1) u = std::round(u);
+            if (kind == 2) u = std::round(4 * u) / 4;
+            if (kind == 3) u = i / 2 >= 100 && i / 2 < 100 + spec.topk ? 5 : 0;
+            if (kind == 4 && i / 2 % 150 == 7) u = u > 0 ? 1000 : -1000;
+            u = static_cast<float>(u);
+          }
+          SCOPED_TRACE(fmt::format("T {} w {} s {} m {} documents {} kind {} seed {}", spec.seqlen, spec.window_size,
+                                   spec.num_sinks, spec.pool_size, packed, kind, seed));
+          expect_equals_reference(scores, spec, kChunk);
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
 // A document that ends inside a chunk makes its whole pool entries: more than shared memory holds.
 TEST(CudaSelect, EntriesThatOutgrowSharedMemory) {
   SKIP_WITHOUT_DEVICE();

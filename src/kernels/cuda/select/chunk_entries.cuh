@@ -189,18 +189,9 @@ struct ChunkEntries {
     }
   }
 
-  // The first pool rank with u <= limit: a warp, 32 places at a time.
+  // The first pool rank with u <= limit: all of a warp must come.
   __device__ int pool_rank_below(double limit) const {
-    int low = 0, high = num_pool;
-#pragma unroll 1
-    while (low < high) {
-      const int step = (high - low + 31) / 32, at = low + (t & 31) * step;
-      const int count = __popc(__ballot_sync(0xffffffffu, at < high && pool_u(at) > limit));
-      if (count == 0) break;
-      high = min(high, low + count * step);
-      low += (count - 1) * step + 1;
-    }
-    return low;
+    return partition_point_by_warp(0, num_pool, [&](int rank) { return pool_u(rank) > limit; });
   }
 
   // Which pool ranks become entries.

@@ -45,7 +45,10 @@ __global__ void __launch_bounds__(kListThreads, 2048 / kListThreads) list_kernel
       row.row = query - p.window;
       if (row.row < document.begin) return -1;
       const bool sink = row.row < document.begin + p.sinks;
-      row.u = sink ? INFINITY : p.score(lane, row.row);
+      // row_scores is by head: the scores of a key's other heads are not loaded with it.
+      row.u = sink           ? INFINITY
+              : p.row_scores ? p.row_scores[static_cast<int64_t>(lane) * p.seqlen + row.row]
+                             : p.score(lane, row.row);
       row.end = sink ? document.end : p.expiry_of(lane, row.row);
     }
     row.begin = row.row + p.window;

@@ -213,7 +213,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
             out_buffer = right_buffer ^ 1;
   const int64_t slot = p.slot(lane, c), left_slot = p.slot(lane, left_chunk);
   const PoolState left_state = p.states[left_buffer][left_slot], right_state = p.states[right_buffer][slot];
-  const int num_left = right_state.sealed ? 0 : left_state.count, num_right = right_state.count;
+  const uint64_t* left = p.pools[left_buffer] + left_slot * p.pool_size;
+  const uint64_t* right = p.pools[right_buffer] + slot * p.pool_size;
+  int num_left = right_state.sealed ? 0 : left_state.count;
+  const int num_right = right_state.count;
+  if (p.bounds != nullptr && p.bounds[slot] > -INFINITY) {  // every warp by itself: no barrier
+    const uint64_t behind = pool_key(descending_bits(p.bounds[slot]), -1);
+    num_left = partition_point_by_warp(0, num_left, [&](int n) { return left[n] <= behind; });
+  }
   const int total = min(p.pool_size, num_left + num_right);
   if (tile == 0 && threadIdx.x == 0) {
     p.states[out_buffer][slot] = {
@@ -222,22 +229,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   }
   const int begin = tile * kMergeTile, end = min(begin + kMergeTile, total);
   if (begin >= end) return;
-  const uint64_t* left = p.pools[left_buffer] + left_slot * p.pool_size;
-  const uint64_t* right = p.pools[right_buffer] + slot * p.pool_size;
   // How many of the first `begin` (warp 0) and `end` (warp 1) come from the left: 32 candidates at a time.
   __shared__ int from_left[2];
   if (threadIdx.x < 64) {
     const int warp_lane = threadIdx.x & 31, diagonal = threadIdx.x < 32 ? begin : end;
-    int low = max(0, diagonal - num_right), high = min(diagonal, num_left);
-    while (low < high) {
-      const int step = (high - low + 31) / 32, at = low + warp_lane * step;
-      const bool smaller = at < high && left[at] < right[diagonal - 1 - at];
-      const int count = __popc(__ballot_sync(0xffffffffu, smaller));
-      if (count == 0) break;
-      high = min(high, low + count * step);
-      low += (count - 1) * step + 1;
-    }
-    if (warp_lane == 0) from_left[threadIdx.x / 32] = low;
+    const int found = partition_point_by_warp(max(0, diagonal - num_right), min(diagonal, num_left),
+                                              [&](int n) { return left[n] < right[diagonal - 1 - n]; });
+    if (warp_lane == 0) from_left[threadIdx.x / 32] = found;
   }
   __syncthreads();
   const int left_begin = from_left[0], left_count = from_left[1] - left_begin;

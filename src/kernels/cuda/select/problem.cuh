@@ -3,9 +3,9 @@
 // A lane is one KV head of one batch row. Its queries are cut into chunks; the key at position i - window becomes a
 // candidate ("arrives") at query i. Steps (docs/math.md section 7):
 //   1. pools.cuh sort_kernel: each chunk's arrivals by rank.
-//   2. pools.cuh rank_kernel, merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk
-//   ends
-//      are a scan; threshold_kernel: tau there.
+//   2. bounds.cuh bound_kernel, for long sequences: what can never be in a support leaves the pools.
+//      pools.cuh rank_kernel, merge_kernel: "the m best of a prefix" merges associatively, so the pools at all chunk
+//      ends are a scan; threshold_kernel: tau there.
 //   3. chunk.cuh: inside a chunk everything moves one way from its start to its end (facts a and c).
 //   4. lists.cuh: the lists of far rows, each for one or more chunks.
 #pragma once
@@ -22,11 +22,12 @@ constexpr double kRootMargin =
     1e-9;  // of sum p: closer to topk is topk, so that flat roots are found in spite of rounding
 
 // A chunk's own arrivals that belong to the document of its last query.
+// bound_kernel takes those below the chunk's bound out of `count`; `sorted` keeps them.
 struct ArrivalState {
   int32_t count, before;     // before: arrivals of documents that end in the chunk, which sort_kernel puts first
   int32_t sealed, bad_from;  // as PoolState, of this chunk alone
 };
-// The pool behind a chunk's last query, of the document of that query.
+// The pool behind a chunk's last query, of the document of that query: keys below the chunk's bound may be missing.
 struct PoolState {
   int32_t count;
   int32_t sealed;    // that document begins in the range of chunks covered so far: nothing older may be merged in
@@ -58,13 +59,14 @@ struct Problem {
   PoolState* states[2];          // [lanes, num_chunks]; the second of both only where merge_kernel runs
   PoolThreshold* thresholds;     // [lanes, num_chunks]
   uint8_t* overflow;             // entries of chunks that outgrow shared memory, one part per CTA
+  float* bounds;                 // [lanes, num_chunks] keys below it never matter in the chunk or later; null: unknown
   int32_t* any_bad;              // [lanes, num_chunks] whether some score of the chunk's positions is not finite
   int32_t* next_item;
   int64_t overflow_bytes;  // of a part
   int64_t scores_batch, scores_seq, scores_head, out_batch, out_seq, out_head;
   int32_t batch, seqlen, heads, num_documents, topk, window, sinks, pool_size, chunk, num_chunks;
   int32_t sort_size;  // 256, 512 or 1,024: at least chunk
-  int32_t chunks_per_list, num_lists;
+  int32_t chunks_per_list, num_lists, num_bounds;
 
   __device__ int64_t slot(int lane, int chunk_index) const {
     return static_cast<int64_t>(lane) * num_chunks + chunk_index;
@@ -138,6 +140,20 @@ __device__ __forceinline__ int partition_point(int low, int high, Before&& befor
       low = middle + 1;
     else
       high = middle;
+  }
+  return low;
+}
+
+// The same by a warp, 32 places at a time; all of it must come.
+template <class Before>
+__device__ __forceinline__ int partition_point_by_warp(int low, int high, Before&& before) {
+#pragma unroll 1
+  while (low < high) {
+    const int step = (high - low + 31) / 32, at = low + static_cast<int>(threadIdx.x & 31) * step;
+    const int count = __popc(__ballot_sync(0xffffffffu, at < high && before(at)));
+    if (count == 0) break;
+    high = min(high, low + count * step);
+    low += (count - 1) * step + 1;
   }
   return low;
 }

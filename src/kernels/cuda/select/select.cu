@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/select/bounds.cuh"
 #include "kernels/cuda/select/chunk.cuh"
 #include "kernels/cuda/select/lists.cuh"
 #include "kernels/cuda/select/pools.cuh"
@@ -26,6 +27,14 @@ int chunks_per_list(int64_t lanes, int seqlen, int list_chunk) {
   return 1;
 }
 
+// Pools of one or two blocks hold few keys that can be left out.
+int num_bounds(int num_chunks) {
+  if (num_chunks <= 2 << selection::kRankLevels) return 0;
+  int count = 0;
+  while (selection::bound_chunk(count) < num_chunks) ++count;
+  return count;
+}
+
 selection::Problem describe(const SelectParams& params, int list_chunk) {
   selection::Problem p{};
   p.scores = static_cast<const float*>(params.scores);
@@ -43,6 +52,7 @@ selection::Problem describe(const SelectParams& params, int list_chunk) {
   p.chunks_per_list = chunks_per_list(int64_t{p.batch} * p.heads, p.seqlen, list_chunk);
   p.chunk = list_chunk / p.chunks_per_list;
   p.num_chunks = (p.seqlen + p.chunk - 1) / p.chunk, p.num_lists = (p.seqlen + list_chunk - 1) / list_chunk;
+  p.num_bounds = num_bounds(p.num_chunks);
   p.sort_size = p.chunk <= 256 ? 256 : p.chunk <= 512 ? 512 : 1024;
   return p;
 }
@@ -61,6 +71,7 @@ int64_t carve(selection::Problem& p, void* workspace) {
   for (int n = 0; n < (merges ? 2 : 1); ++n)
     carver.take(p.pools[n], slots * p.pool_size), carver.take(p.states[n], slots);
   carver.take(p.thresholds, slots);
+  if (p.num_bounds > 0) carver.take(p.bounds, slots);
   carver.take(p.any_bad, slots);
   carver.take(p.next_item, 1);
   const int64_t entries = int64_t{p.pool_size} + p.chunk + 1;
@@ -91,6 +102,8 @@ void select(const SelectParams& params, const SelectRows& rows, int chunk, void*
   const auto sort_and_rank = [&](auto sort_size) {
     constexpr int kSortSize = decltype(sort_size)::value;
     launch_behind(selection::sort_kernel<kSortSize>, each_chunk, kSortSize / selection::kSortEach, 0, stream, p);
+    if (p.num_bounds > 0)
+      launch_behind(selection::bound_kernel, dim3(p.num_bounds, lanes), selection::kBoundThreads, 0, stream, p);
     launch_behind(selection::rank_kernel<kSortSize>, each_chunk, selection::kRankThreads, 0, stream, p);
   };
   if (p.sort_size == 256)
