@@ -29,6 +29,7 @@ import zlib
 
 LEAST, MOST = 64_000, 256_000  # bytes of a document made of pieces
 DISTINCT = 200  # characters of a paragraph that may occur once
+WORDS = 0.65  # of a piece's characters are letters and white space at least: others are tables of numbers
 
 BLOCKS = set("p div section article h1 h2 h3 h4 h5 h6 ul ol dl dd dt li table tr pre blockquote hr br".split())
 NOT_TEXT = set("script style head nav svg footer".split())
@@ -231,7 +232,7 @@ def documents(pieces, seen):
     name, parts, size, folder = "", [], 0, None
     for piece, text in pieces:
         text = clean(text, seen)
-        if len(text) < 400:
+        if len(text) < 400 or sum(c.isalpha() or c.isspace() for c in text) < WORDS * len(text):
             continue
         length, beside = len(text.encode()), str(pathlib.PurePath(piece).parent)
         if parts and (size + length > MOST or (size >= LEAST and beside != folder)):

@@ -38,7 +38,7 @@ def test_paragraphs_occur_once_and_are_clean():
 
 def test_pieces_become_documents():
     piece = "".join(f"sentence number {i} of this piece.\n\n" for i in range(900))  # about 30 kB
-    pieces = [(f"{folder}/{i}", piece) for folder in "ab" for i in range(3)] + [("b/short", "x")]
+    pieces = [(f"{folder}/{i}", piece) for folder in "ab" for i in range(3)] + [("b/short", "x"), ("b/table", "0x1f, 0x20, 0x21,\n" * 9000)]
     made = list(training.documents(pieces, set()))
     assert [name for name, _ in made] == ["a/0", "b/0"]
     assert all(training.LEAST <= len(text) <= training.MOST for _, text in made)
