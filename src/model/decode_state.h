@@ -24,6 +24,7 @@ class DecodeState {
  public:
   int64_t length() const { return length_; }  // tokens read
   int64_t size_in_bytes() const;              // of all layers' tensors as they are now
+  DecodeState copy() const;                   // shares nothing: both go on from here, each its own way
 
  private:
   friend class Transformer;
