@@ -43,6 +43,16 @@ struct PerplexityConfig {
 };
 int run_perplexity(const PerplexityConfig& config);
 
+struct NeedlesConfig {
+  ModelConfig model;
+  std::string file;  // the text that needles are put into
+  std::string task = "keys";
+  int64_t tokens = 8192, depths = 10, samples = 4;
+  uint64_t seed = 1;
+  bool json = false;
+};
+int run_needles(const NeedlesConfig& config);
+
 struct InspectConfig {
   ModelConfig model;
   bool json = false;

@@ -105,6 +105,21 @@ void add_perplexity(CLI::App& app, PerplexityConfig& config, AttentionFlags& fla
   command.add_flag("--json", config.json, "one JSON object instead of a table");
 }
 
+void add_needles(CLI::App& app, NeedlesConfig& config, AttentionFlags& flags) {
+  CLI::App& command = *app.add_subcommand("needles", "What a model finds again of a long text: accuracy by depth");
+  command.add_option("file", config.file, "text that needles are put into; - is standard input")->required();
+  add_model_options(command, config.model, flags);
+  command
+      .add_option("--task", config.task,
+                  "keys (a word and a number at each depth, all in one text, each asked for), or passkey (one)")
+      ->capture_default_str();
+  add_count(command, "--tokens", config.tokens, "tokens to read before a question");
+  add_count(command, "--depths", config.depths, "places in the text, evenly spaced");
+  add_count(command, "--samples", config.samples, "questions for each depth");
+  add_seed(command, "--seed", config.seed, "of words and numbers");
+  command.add_flag("--json", config.json, "one JSON object instead of a table");
+}
+
 void add_tokenize(CLI::App& app, TokenizeConfig& config) {
   CLI::App& command = *app.add_subcommand("tokenize", "A corpus to token shards, which training reads");
   command
@@ -248,6 +263,7 @@ int run(int argc, char** argv, std::string& advice) {
   AttentionFlags flags;
   GenerateConfig generate;
   PerplexityConfig perplexity;
+  NeedlesConfig needles;
   InspectConfig inspect;
   InspectShardsConfig inspect_shards;
   TokenizeConfig tokenize;
@@ -255,6 +271,7 @@ int run(int argc, char** argv, std::string& advice) {
   BenchModelConfig bench_model;
   add_generate(app, generate, flags);
   add_perplexity(app, perplexity, flags);
+  add_needles(app, needles, flags);
   add_inspect(app, inspect, inspect_shards, flags);
   add_tokenize(app, tokenize);
   TrainArguments train;
@@ -274,13 +291,14 @@ int run(int argc, char** argv, std::string& advice) {
     return app.exit(error);  // help and version
   }
 
-  for (ModelConfig* model : {&generate.model, &perplexity.model, &inspect.model, &bench_model.model}) {
+  for (ModelConfig* model : {&generate.model, &perplexity.model, &needles.model, &inspect.model, &bench_model.model}) {
     apply(flags, model->attention);
   }
   advice = memory_advice(chosen_command(app), generate.model.attention.kind);
   install_interrupt_handler();
   if (app.got_subcommand("generate")) return run_generate(generate);
   if (app.got_subcommand("perplexity")) return run_perplexity(perplexity);
+  if (app.got_subcommand("needles")) return run_needles(needles);
   if (app.got_subcommand("inspect")) return inspect_either(inspect, inspect_shards, *app.get_subcommand("inspect"));
   if (app.got_subcommand("tokenize")) return run_tokenize(tokenize);
   if (app.got_subcommand("train")) return run_train(train);

@@ -20,4 +20,19 @@ int64_t DecodeState::size_in_bytes() const {
   return sum;
 }
 
+DecodeState DecodeState::copy() const {
+  DecodeState copy;
+  copy.lengths_ = lengths_;
+  for (const LayerState& layer : layers_) {
+    LayerState& own = copy.layers_.emplace_back(layer);
+    ops::AttentionState& state = own.sparsek;
+    for (at::Tensor* tensor : {&own.k, &own.v, &state.k, &state.v, &state.ring_k, &state.ring_scores, &state.ring_mass,
+                               &state.slot_scores, &state.slot_positions, &state.pool_scores, &state.stats,
+                               &state.lengths}) {
+      if (tensor->defined()) *tensor = tensor->clone();
+    }
+  }
+  return copy;
+}
+
 }  // namespace sparsek::model

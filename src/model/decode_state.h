@@ -26,6 +26,7 @@ class DecodeState {
   int64_t documents() const { return static_cast<int64_t>(lengths_.size()); }
   int64_t length() const;         // tokens read; of several documents those of the shortest
   int64_t size_in_bytes() const;  // of all layers' tensors as they are now
+  DecodeState copy() const;       // shares nothing: both go on from here, each its own way
 
  private:
   friend class Transformer;

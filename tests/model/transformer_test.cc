@@ -240,6 +240,40 @@ TEST_F(TransformerTest, RepeatedStepsBelongToTheirState) {
   EXPECT_LE(max_difference(interleaved[1], whole), 2e-4);
 }
 
+// What is read into a copy, in chunks and in single tokens, is not seen by what it was copied from.
+TEST_F(TransformerTest, CopiesOfAStateGoTheirOwnWay) {
+  const std::vector<AttentionRequest> requests = {
+      {.kind = AttentionKind::kDense},
+      {.kind = AttentionKind::kWindow, .window_size = 12, .num_sinks = 3},
+      {.topk = 8, .window_size = 12, .num_sinks = 2},
+  };
+  std::vector<int32_t> ids = random_ids(90);
+  std::vector<int32_t> others(ids.rbegin(), ids.rend());
+  for (const AttentionRequest& request : requests) {
+    for (const bool plain : {false, true}) {
+      const Transformer model = load(request, at::kFloat, plain);
+      const std::vector<float> whole = read(model, ids, {50, 1, 1, 1, 37});
+      DecodeState state = model.new_state();
+      std::vector<float> logits;
+      const auto go_on = [&](int64_t first, int64_t count) {
+        const at::Tensor more = model.logits(model.forward(as_tensor(ids, first, count), state));
+        logits.insert(logits.end(), more.const_data_ptr<float>(), more.const_data_ptr<float>() + more.numel());
+      };
+      go_on(0, 50);
+      go_on(50, 1);
+      DecodeState copy = state.copy();
+      EXPECT_EQ(copy.length(), 51);
+      EXPECT_EQ(copy.size_in_bytes(), state.size_in_bytes());
+      for (int64_t t = 0; t < 5; ++t) model.forward(as_tensor(others, t, 1), copy);
+      model.forward(as_tensor(others, 5, 30), copy);
+      go_on(51, 1);
+      go_on(52, 1);
+      go_on(53, 37);
+      EXPECT_EQ(logits, whole) << describe(model.attention()) << (plain ? " plain" : "");
+    }
+  }
+}
+
 // Documents read one by one, then decoded side by side: the logits are those of each alone, whose state stays as it
 // was.
 TEST_F(TransformerTest, DocumentsSideBySideAreThoseOfEachAlone) {

@@ -1,0 +1,54 @@
+"""sparsek needles: what is asked, how it is counted, and that what is out of reach is not found."""
+import json
+
+import pytest
+from program import TEXT, fails, run
+
+SHORT = ("--model", "smollm2", "--tokens", 900, "--depths", 3, "--samples", 2, "--json")
+
+
+@pytest.fixture(scope="module")
+def haystack(tmp_path_factory):
+    path = tmp_path_factory.mktemp("needles") / "text.txt"
+    path.write_text(TEXT * 100)
+    return path
+
+
+def needles(*arguments):
+    result = run("needles", *arguments)
+    assert result.returncode == 0, result.stderr.decode()
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("task", ["keys", "passkey"])
+def test_dense_finds_what_is_out_of_a_windows_reach(haystack, task):
+    dense = needles(haystack, *SHORT, "--task", task, "--attention", "dense")
+    window = needles(haystack, *SHORT, "--task", task, "--attention", "window", "--window", 60)
+    assert [depth["asked"] for depth in dense["depths"]] == [2, 2, 2] and dense["asked"] == 6
+    assert [round(depth["depth"], 3) for depth in dense["depths"]] == [0.167, 0.5, 0.833]
+    for depth in dense["depths"]:  # (1 - depth) of the text, needles behind it included; places move to a sentence's end
+        assert abs(depth["distance"] - (1 - depth["depth"]) * 900) < 150
+    right = sum(depth["right"] for depth in dense["depths"])
+    assert right >= 4 and dense["accuracy"] == right / 6
+    assert window["accuracy"] == 0
+    for near, far in zip(dense["depths"], window["depths"]):
+        assert near["distance"] == far["distance"]
+        assert near["answer_loss"] + 0.5 < far["answer_loss"]
+
+
+def test_sees_everything_as_dense_does_and_repeats(haystack):
+    f32 = ("--model", "smollm2", "--tokens", 300, "--depths", 3, "--samples", 1, "--json", "--dtype", "f32")
+    dense = needles(haystack, *f32, "--attention", "dense")
+    everything = needles(haystack, *f32, "--topk", 2000, "--window", 64, "--far-distance", "off")
+    assert dense["accuracy"] == everything["accuracy"]
+    for one, other in zip(dense["depths"], everything["depths"]):
+        assert abs(one["answer_loss"] - other["answer_loss"]) < 1e-3
+    assert needles(haystack, *f32, "--attention", "dense")["depths"] == dense["depths"]
+    assert needles(haystack, *f32, "--attention", "dense", "--seed", 2)["depths"] != dense["depths"]
+
+
+def test_says_what_is_wrong(haystack):
+    fails(2, "needles", haystack, "--model", "smollm2", "--task", "hay", mentions=["--task", "passkey or keys", "'hay'"])
+    fails(2, "needles", haystack, "--model", "smollm2", "--tokens", 500, mentions=["--tokens", "800", "500"])  # of 10 depths
+    fails(2, "needles", haystack, "--model", "smollm2", "--depths", 65, mentions=["--depths", "64"])
+    fails(2, "needles", haystack, "--model", "smollm2", "--tokens", 100000, mentions=["--tokens", "the tokens of the text", "100000"])
