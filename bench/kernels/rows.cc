@@ -92,8 +92,8 @@ int main(int argc, char** argv) {
     time_of("window_rows", repeats, [&] { cuda::window_rows(rows, nullptr); });
     time_of("window_mass", repeats, [&] { cuda::window_mass(mass, workspace, nullptr); });
     if (cuda::compute_capability() == 90) {
-      time_of("window_mass, sm90", repeats,
-              [&] { cuda::window_mass(mass, workspace, nullptr, cuda::KernelChoice::kSm90); });
+      time_of("window_mass, portable", repeats,
+              [&] { cuda::window_mass(mass, workspace, nullptr, cuda::KernelChoice::kPortable); });
     }
   }
 

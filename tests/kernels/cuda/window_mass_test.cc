@@ -194,9 +194,8 @@ void expect_close(const std::vector<float>& actual, const Values& expected, cons
 void expect_chunks(const Case& c, const std::vector<int64_t>& ends) {
   const Problem problem(c);
   const Values expected = problem.expected();
-  for (const cuda::KernelChoice choice : {cuda::KernelChoice::kPortable, cuda::KernelChoice::kSm90}) {
-    if (choice == cuda::KernelChoice::kSm90 && cuda::compute_capability() != 90) continue;
-    SCOPED_TRACE(describe(c) + (choice == cuda::KernelChoice::kPortable ? " portable" : " sm90"));
+  for (const cuda::KernelChoice choice : {cuda::KernelChoice::kPortable, cuda::KernelChoice::kAutomatic}) {
+    SCOPED_TRACE(describe(c) + (choice == cuda::KernelChoice::kPortable ? " portable" : " automatic"));
     std::vector<float> mass(c.spec.batch * c.spec.num_kv_heads * c.spec.seqlen);
     int64_t begin = 0;
     for (const int64_t end : ends) problem.run(begin, end, choice, mass), begin = end;
@@ -215,6 +214,21 @@ Case base(int64_t seqlen, int64_t heads, int64_t kv_heads, int64_t dim, int64_t 
   return c;
 }
 
+// The sets sum in different orders, so that their bits tell which of them ran.
+TEST(CudaWindowMass, AutomaticChoiceOnHopper) {
+  SKIP_WITHOUT_DEVICE();
+  if (cuda::compute_capability() != 90) GTEST_SKIP() << "one set of kernels on this device";
+  const Case c = base(700, 2, 1, 128, 300, 4);
+  const Problem problem(c);
+  const auto mass_by = [&](cuda::KernelChoice choice) {
+    std::vector<float> mass(c.spec.num_kv_heads * c.spec.seqlen);
+    problem.run(0, c.spec.seqlen, choice, mass);
+    return mass;
+  };
+  const std::vector<float> automatic = mass_by(cuda::KernelChoice::kAutomatic);
+  EXPECT_EQ(automatic, mass_by(cuda::KernelChoice::kSm90));
+  EXPECT_NE(automatic, mass_by(cuda::KernelChoice::kPortable));
+}
 TEST(CudaWindowMass, Lengths) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t seqlen : {1, 2, 63, 64, 65, 127, 128, 129, 200, 257, 500}) {

@@ -117,7 +117,7 @@ void window_mass(const WindowMassParams& params, void* workspace, cudaStream_t s
   const Problem p = describe(params, workspace);
   far_rows_kernel<<<static_cast<unsigned>(p.batch), kListThreads, 0, stream>>>(p);
   check_cuda(cudaGetLastError(), "window_mass");
-  if (choice == KernelChoice::kSm90)
+  if (choice != KernelChoice::kPortable && compute_capability() == 90)
     mass::sm90::run(p, params.dtype, params.head_dim, stream);
   else if (params.dtype == DType::kBF16)
     params.head_dim == 64 ? run<__nv_bfloat16, 64>(p, stream) : run<__nv_bfloat16, 128>(p, stream);
