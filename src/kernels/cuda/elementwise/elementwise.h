@@ -58,14 +58,14 @@ struct Rotation {
 };
 // out = first (+ second, with its own angles).
 struct RotaryPart {
-  Rotation first, second;
+  Rotation first = {}, second = {};
   void* out = nullptr;  // [batch, tokens, heads, head_dim]; first.x itself (with its strides) or apart from all x
   int64_t out_batch_stride = 0, out_token_stride = 0, out_head_stride = 0;
   int32_t heads = 0;
 };
 struct RotaryParams {
   static constexpr int kMaxParts = 5;  // q, k, v, far q, far k
-  RotaryPart parts[kMaxParts];
+  RotaryPart parts[kMaxParts] = {};
   int32_t num_parts = 0, head_dim = 0;
   int64_t batch = 1, tokens = 0;
   DType dtype = DType::kBF16;
