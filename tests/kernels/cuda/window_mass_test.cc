@@ -247,6 +247,16 @@ TEST(CudaWindowMass, Windows) {
     if (HasFailure()) return;
   }
 }
+TEST(CudaWindowMass, WindowsOfManyBlocks) {
+  SKIP_WITHOUT_DEVICE();
+  for (const int64_t window : {512, 1023, 1024}) {
+    Case c = base(1900, 2, window == 512 ? 1 : 2, 128, window, 4);
+    c.is_half = window == 1023;
+    expect_whole(c);
+    expect_chunks(c, {700, 1771, 1900});
+    if (HasFailure()) return;
+  }
+}
 TEST(CudaWindowMass, Groups) {
   SKIP_WITHOUT_DEVICE();
   for (const int64_t group : {1, 2, 3, 4, 5, 7, 8, 64}) {

@@ -93,14 +93,20 @@ struct LseTile {
               last_begin = has_rows ? p.clamped_window_begin(lane.b, first + warp_last) : 0,
               group_begin = group_has_rows ? p.clamped_window_begin(lane.b, first + group_first) : 0;
     copy(0);
+    wait_for_copies();
 #pragma unroll 1
     for (int n = 0; n < num_blocks; ++n) {
-      wait_for_copies();
-      if (n + 1 < num_blocks) copy(n + 1);
+      const bool is_last = n + 1 == num_blocks;
+      take_turn(n);
+      if (!is_last) copy(n + 1);
       const int begin = newest + 1 - (n + 1) * kTileRows;
-      if (!group_has_rows || begin + kTileRows <= group_begin || begin > group_own) continue;
+      if (!group_has_rows || begin + kTileRows <= group_begin || begin > group_own) {
+        pass_turn(is_last);
+        continue;
+      }
       float d[64];
       R::multiply(d, tile(), stage(n));
+      pass_turn(is_last);
       if (!has_rows) continue;
       // An own key lies in newer columns, so that the row has its maximum.
       if (begin >= last_begin && begin + kTileRows <= first_own && !running_maximum) {

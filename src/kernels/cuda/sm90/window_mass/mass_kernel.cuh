@@ -4,12 +4,14 @@
 
 namespace sparsek::cuda::mass::sm90 {
 
+constexpr int kRowStages = 4;  // of what is read after a turn: at least one more than kStages
+
 template <int kBlockBytes>
 struct MassShared {
   uint8_t tile[kBlockBytes];
   uint8_t blocks[kStages][kBlockBytes];
-  float lse2[kStages][kTileRows];
-  int32_t window_begin[kStages][kTileRows];
+  float lse2[kRowStages][kTileRows];
+  int32_t window_begin[kRowStages][kTileRows];
 };
 
 template <class T, int kHeadDim>
@@ -64,10 +66,10 @@ struct MassTile {
       const int row = threadIdx.x % kTileRows, position = place.position + p.by_group(place.head + row);
       const bool is_there = position <= last_query;
       if (threadIdx.x < kTileRows)
-        ptx::copy_async_4(ptx::shared_address(&s.lse2[n % kStages][row]), lse2 + (is_there ? n * kTileRows + row : 0),
-                          is_there);
+        ptx::copy_async_4(ptx::shared_address(&s.lse2[n % kRowStages][row]),
+                          lse2 + (is_there ? n * kTileRows + row : 0), is_there);
       else
-        ptx::copy_async_4(ptx::shared_address(&s.window_begin[n % kStages][row]),
+        ptx::copy_async_4(ptx::shared_address(&s.window_begin[n % kRowStages][row]),
                           window_begin + (is_there ? position : 0), is_there);
       ptx::copy_async_commit();
     };
@@ -76,21 +78,25 @@ struct MassTile {
               last_own = first_own + kWarpRows - 1;
     const int group_key = first + warp / 4 * 64, group_first = group_key - p.num_carried, group_last = group_first + 63;
     copy(0);
+    wait_for_copies();
 #pragma unroll 1
     for (int n = 0; n < num_blocks; ++n) {
-      wait_for_copies();
-      if (n + 1 < num_blocks) copy(n + 1);
-      const float* const block_lse2 = s.lse2[n % kStages];
-      const int32_t* const block_begin = s.window_begin[n % kStages];
+      const bool is_last = n + 1 == num_blocks;
+      take_turn(n);
+      if (!is_last) copy(n + 1);
+      const float* const block_lse2 = s.lse2[n % kRowStages];
+      const int32_t* const block_begin = s.window_begin[n % kRowStages];
       const Place place = place_of(n);
       const int num_columns = min(num_stacked - n * kTileRows, kTileRows);
       const auto position_of = [&](int column) { return place.position + p.by_group(place.head + column); };
       if (position_of(num_columns - 1) - group_first < half_window || place.position - group_last >= p.window_size ||
           block_begin[0] > group_key + 63) {
+        pass_turn(is_last);
         continue;
       }
       float d[64];
       R::multiply(d, tile(), stage(n));
+      pass_turn(is_last);
       if (num_columns == kTileRows && place.position - last_own >= half_window &&
           position_of(kTileRows - 1) - first_own < p.window_size && block_begin[kTileRows - 1] <= first_key) {
 #pragma unroll

@@ -1,7 +1,11 @@
 // What the two passes of window_mass share on Hopper: tiles of 128 rows and blocks of 128 rows in shared memory,
 // multiplied by wgmma, 64 rows of the tile to a warpgroup. A warpgroup waits for its products and then takes their
-// exponentials; two CTAs a multiprocessor, four warpgroups, keep the tensor cores and the exponentials' unit busy in
-// turn: both need the same time.
+// exponentials, which need the same time; two CTAs a multiprocessor. The two warpgroups of a CTA multiply in turn, so
+// that one has the exponentials' unit while the other has the tensor cores; left alone both would want the same one.
+//
+// A turn is also what a block's copies are waited for with. In its turn n a warpgroup copies its part of block n + 1,
+// multiplies block n, and passes the turn on once both are done. Whoever has turn n therefore finds all of block n, and
+// block n - 1 multiplied by both. What a warpgroup reads beside the products, after its turn, must stay until its next.
 #pragma once
 #include "kernels/cuda/ptx/wgmma.cuh"
 #include "kernels/cuda/window_mass/tiles.cuh"
@@ -54,6 +58,20 @@ __device__ __forceinline__ void wait_for_copies() {
   ptx::fence_proxy_async();
   __syncthreads();
   ptx::fence_proxy_async();
+}
+
+// Named barriers 1 and 2: the turn of warpgroup 0 and of warpgroup 1. Warpgroup 0 begins; as many turns are passed on
+// as are taken, so that the next loop finds the barriers as this one did. All threads of a warpgroup.
+__device__ __forceinline__ void take_turn(int n) {
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 1 || n > 0) asm volatile("bar.sync %0, %1;" ::"r"(1 + warpgroup), "n"(kThreads) : "memory");
+  ptx::fence_proxy_async();
+}
+__device__ __forceinline__ void pass_turn(bool is_last) {
+  const int warpgroup = threadIdx.x / 128;
+  ptx::copy_async_wait<0>();
+  ptx::fence_proxy_async();
+  if (warpgroup == 0 || !is_last) asm volatile("bar.arrive %0, %1;" ::"r"(2 - warpgroup), "n"(kThreads) : "memory");
 }
 
 }  // namespace sparsek::cuda::mass::sm90
