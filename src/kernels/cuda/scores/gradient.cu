@@ -11,19 +11,25 @@ namespace {
 constexpr int kThreads = 256, kEach = 4, kChunk = kThreads * kEach;
 
 struct Work {
-  int32_t* change;        // [lanes, seqlen] of |F| at a query
+  int32_t* change;        // [lanes, seqlen] of |F| at a query; it and the next two are one array, zeroed first
   int32_t* chunk_change;  // [lanes, num_chunks]
+  int32_t* chunks_done;   // [lanes] whose chunk_mass is there
   double* mass;           // [lanes, seqlen + 1] sum of mbar over the chunk's queries before
   double* chunk_mass;     // [lanes, num_chunks + 1] first the chunk's, then the sum of those before
   int num_chunks;
 };
 
+int64_t num_zeroed(const ScoreGradientParams& params, const Work& work) {
+  return params.lanes * (int64_t{params.seqlen_q} + work.num_chunks + 1);
+}
+
 int64_t carve(const ScoreGradientParams& params, void* workspace, Work& work) {
   work.num_chunks = (params.seqlen_q + kChunk - 1) / kChunk;
   const int64_t lanes = params.lanes;
   Carver carver(workspace);
-  carver.take(work.change, lanes * params.seqlen_q);
-  carver.take(work.chunk_change, lanes * work.num_chunks);
+  carver.take(work.change, num_zeroed(params, work));
+  work.chunk_change = work.change + lanes * params.seqlen_q;
+  work.chunks_done = work.chunk_change + lanes * work.num_chunks;
   carver.take(work.mass, lanes * (params.seqlen_q + 1));
   carver.take(work.chunk_mass, lanes * (work.num_chunks + 1));
   return carver.used_bytes();
@@ -40,16 +46,23 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(int32_t* change, int64_t
   if (i < count) change[i] = 0;
 }
 
+// *(at + chunk) += value for every valid lane: few chunks get the additions of many keys, so one a warp and chunk.
+__device__ void add_to_chunk(int32_t* at, int chunk, int value, bool valid) {
+  const uint32_t same = __match_any_sync(0xffffffffu, valid ? chunk : -1);
+  if (valid && static_cast<int>(threadIdx.x & 31) == __ffs(same) - 1) atomicAdd(at + chunk, value * __popc(same));
+}
+
 __global__ void __launch_bounds__(kThreads) mark_kernel(const ScoreGradientParams p, const Work w) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int j = blockIdx.x * kThreads + threadIdx.x, rows = p.num_pool_rows + p.seqlen_k;
-  if (j >= rows) return;
   const int64_t lane = blockIdx.y;
-  const int2 x = interval(p, lane * rows + j);
-  if (x.x >= x.y) return;
-  atomicAdd(&w.change[lane * p.seqlen_q + x.x], 1);
-  if (x.y < p.seqlen_q) atomicAdd(&w.change[lane * p.seqlen_q + x.y], -1);
+  const int2 x = j < rows ? interval(p, lane * rows + j) : int2{0, 0};
+  const bool begins = x.x < x.y, ends = begins && x.y < p.seqlen_q;
+  if (begins) atomicAdd(&w.change[lane * p.seqlen_q + x.x], 1);
+  if (ends) atomicAdd(&w.change[lane * p.seqlen_q + x.y], -1);
+  add_to_chunk(w.chunk_change + lane * w.num_chunks, x.x / kChunk, 1, begins);
+  add_to_chunk(w.chunk_change + lane * w.num_chunks, x.y / kChunk, -1, ends);
 }
 
 // The sum over the CTA's threads before this one, and over all of them.
@@ -72,25 +85,26 @@ __device__ T exclusive_sum(T own, T* warp_sums, T& total) {
   return before;
 }
 
-__global__ void __launch_bounds__(kThreads) chunk_change_kernel(const ScoreGradientParams p, const Work w) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  __shared__ int warp_sums[kThreads / 32];
-  const int64_t lane = blockIdx.y;
-  int own = 0, total;
-  for (int n = 0; n < kEach; ++n) {
-    const int i = blockIdx.x * kChunk + n * kThreads + threadIdx.x;
-    if (i < p.seqlen_q) own += w.change[lane * p.seqlen_q + i];
+// chunk_mass of a lane from each chunk's sum to the sum of those before.
+__device__ void sum_chunks(const Work& w, int64_t lane, double* warp_sums) {
+  double* mass = w.chunk_mass + lane * (w.num_chunks + 1);
+  double start = 0;
+  for (int base = 0; base <= w.num_chunks; base += kThreads) {
+    const int c = base + threadIdx.x;
+    double total;
+    const double before = exclusive_sum(c < w.num_chunks ? __ldcg(mass + c) : 0.0, warp_sums, total);
+    if (c <= w.num_chunks) mass[c] = start + before;
+    start += total;
   }
-  exclusive_sum(own, warp_sums, total);
-  if (threadIdx.x == 0) w.chunk_change[lane * w.num_chunks + blockIdx.x] = total;
 }
 
+// A CTA per chunk; a lane's last one sums its chunks.
 __global__ void __launch_bounds__(kThreads) mass_kernel(const ScoreGradientParams p, const Work w) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   __shared__ int warp_counts[kThreads / 32];
   __shared__ double warp_sums[kThreads / 32];
+  __shared__ bool is_last;
   const int64_t lane = blockIdx.y;
   const int c = blockIdx.x, first = c * kChunk + threadIdx.x * kEach;
   int earlier = 0, unused;
@@ -118,23 +132,14 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const ScoreGradientParam
   }
   // The place behind the last query begins a chunk of its own where the length is a multiple of the chunk's.
   if (threadIdx.x == 0 && (c + 1) * kChunk == p.seqlen_q) w.mass[lane * (p.seqlen_q + 1) + p.seqlen_q] = 0;
-  if (threadIdx.x == 0) w.chunk_mass[lane * (w.num_chunks + 1) + c] = total;
-}
-
-// One CTA per lane.
-__global__ void __launch_bounds__(kThreads) chunk_mass_kernel(const Work w) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  __shared__ double warp_sums[kThreads / 32];
-  double* mass = w.chunk_mass + static_cast<int64_t>(blockIdx.x) * (w.num_chunks + 1);
-  double start = 0;
-  for (int base = 0; base <= w.num_chunks; base += kThreads) {
-    const int c = base + threadIdx.x;
-    double total;
-    const double before = exclusive_sum(c < w.num_chunks ? mass[c] : 0.0, warp_sums, total);
-    if (c <= w.num_chunks) mass[c] = start + before;
-    start += total;
+  if (threadIdx.x == 0) {
+    w.chunk_mass[lane * (w.num_chunks + 1) + c] = total;
+    __threadfence();
+    is_last = atomicAdd(&w.chunks_done[lane], 1) == w.num_chunks - 1;
+    __threadfence();
   }
+  __syncthreads();
+  if (is_last) sum_chunks(w, lane, warp_sums);
 }
 
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const ScoreGradientParams p, const Work w) {
@@ -168,12 +173,10 @@ void score_gradient(const ScoreGradientParams& params, void* workspace, cudaStre
   const int64_t lanes = params.lanes;
   const dim3 keys((params.num_pool_rows + params.seqlen_k + kThreads - 1) / kThreads, lanes),
       chunks(work.num_chunks, lanes);
-  const int64_t queries = lanes * params.seqlen_q;
-  launch_behind(zero_kernel, (queries + kThreads - 1) / kThreads, kThreads, 0, stream, work.change, queries);
+  const int64_t zeroed = num_zeroed(params, work);
+  launch_behind(zero_kernel, (zeroed + kThreads - 1) / kThreads, kThreads, 0, stream, work.change, zeroed);
   launch_behind(mark_kernel, keys, kThreads, 0, stream, params, work);
-  launch_behind(chunk_change_kernel, chunks, kThreads, 0, stream, params, work);
   launch_behind(mass_kernel, chunks, kThreads, 0, stream, params, work);
-  launch_behind(chunk_mass_kernel, lanes, kThreads, 0, stream, work);
   launch_behind(gradient_kernel, keys, kThreads, 0, stream, params, work);
   check_cuda(cudaGetLastError(), "score_gradient");
 }

@@ -160,9 +160,18 @@ __device__ void bwd_load_keys(const BwdParams& p, BwdShared<ShapeType>& s) {
                                                                  : p.k_far + b * p.kf_batch + kv * p.kf_head) +
                            piece * 16;
       const int row_bytes = static_cast<int>(kValues ? p.v_seq : p.kf_seq) * 2;
+      constexpr int kStride = 32 / kPieces, kEach = 4;
 #pragma unroll 1
-      for (int m = lane / kPieces; m < kBlock; m += 32 / kPieces)
-        ptx::copy_async_16(to + swizzled(m, piece), source + static_cast<int64_t>(keys[m].x) * row_bytes);
+      for (int m = lane / kPieces; m < kBlock; m += kEach * kStride) {
+        int row[kEach], bytes = row_bytes;
+        asm volatile("" : "+r"(bytes));  // or its 64 bits are kept and multiplied
+        // All at once: V's copies begin when the item before is almost done, so what a row takes is seen.
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) row[n] = keys[m + n * kStride].x;
+#pragma unroll
+        for (int n = 0; n < kEach; ++n)
+          ptx::copy_async_16(to + swizzled(m + n * kStride, piece), source + static_cast<int64_t>(row[n]) * bytes);
+      }
       ptx::copy_async_arrive(full);
     }
     __syncwarp();
@@ -267,8 +276,12 @@ struct BwdConsumer {
       if (kIsFar) {
         const int4 x = s.key[items & 1][key];
         begin[r] = x.y, end[r] = x.z, u[r] = __int_as_float(x.w);
-      } else {
+      } else {  // the interval tells at the end whether there are far sums; a load that waits there costs
         row[r] = item.first + key;
+        const bool valid = row[r] < p.seqlen_k;
+        const int64_t at_row = static_cast<int64_t>(item.head) * p.seqlen_k + row[r];
+        begin[r] = valid ? __ldg(p.far_begin + at_row) : 0;
+        end[r] = valid ? __ldg(p.far_end + at_row) : 0;
       }
     }
 #pragma unroll
@@ -405,13 +418,11 @@ struct BwdConsumer {
       add_far(p.dk_scratch + rows * kHeadDim, dk, row);
       add_far(p.dv_scratch + rows * kHeadDim, dv, row);
     } else {
-      bool selected[2] = {false, false};
+      bool selected[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (row[r] >= p.seqlen_k)
-          row[r] = -1;
-        else
-          selected[r] = p.far_end[rows + row[r]] > p.far_begin[rows + row[r]];
+        selected[r] = end[r] > begin[r];
+        if (row[r] >= p.seqlen_k) row[r] = -1;
       }
       wait_far();
       const int b = item.head / p.num_kv_heads, kv = item.head % p.num_kv_heads;
