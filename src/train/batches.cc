@@ -30,7 +30,7 @@ class Recall final : public BatchSource {
     for (int64_t row = 0; row < options_.batch; ++row) {
       fill(batch.ids[row].mutable_data_ptr<int64_t>(), batch.targets[row].mutable_data_ptr<int64_t>(), generator);
     }
-    batch.num_targets = options_.batch * options_.num_pairs;
+    batch.num_targets = batch.targets.ne(kIgnored).sum().item<int64_t>();
     ++index_;
     return batch;
   }
@@ -52,12 +52,26 @@ class Recall final : public BatchSource {
     for (int64_t t = 0; t < questions; ++t) ids[t] = below(options_.num_noise);
     const std::vector<int64_t> keys = shuffled(options_.num_keys), asked = shuffled(pairs);
     // Pairs at even positions of the first part, no two at the same one.
-    std::vector<int64_t> places = shuffled((questions - options_.gap) / 2);
+    const int64_t num_places = (questions - options_.gap) / 2, reach = std::max<int64_t>(options_.reach / 2, 1);
+    std::vector<uint8_t> is_taken(num_places, 0);
     std::vector<int64_t> values(pairs);
+    const auto tell = [&](int64_t place, int64_t pair) {
+      is_taken[place] = 1;
+      ids[2 * place] = options_.num_noise + keys[pair];
+      ids[2 * place + 1] = values[pair];
+    };
+    const std::vector<int64_t> places = shuffled(num_places);
     for (int64_t pair = 0; pair < pairs; ++pair) {
       values[pair] = options_.num_noise + options_.num_keys + below(options_.num_values);
-      ids[2 * places[pair]] = options_.num_noise + keys[pair];
-      ids[2 * places[pair] + 1] = values[pair];
+      tell(places[pair], pair);
+    }
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      for (int64_t repeat = 0; repeat < options_.num_repeats; ++repeat) {
+        const int64_t place = places[pair] + 1 + below(reach);
+        if (place >= num_places || is_taken[place] != 0) continue;
+        tell(place, pair);
+        if (options_.split == Split::kTrain) targets[2 * place] = values[pair];
+      }
     }
     for (int64_t i = 0; i < pairs; ++i) {
       const int64_t t = questions + 2 * i;
@@ -116,6 +130,59 @@ class Chunks final : public BatchSource {
   std::string row_position_;
 };
 
+class WithoutEarly final : public BatchSource {
+ public:
+  WithoutEarly(std::unique_ptr<BatchSource> batches, int64_t first) : batches_(std::move(batches)), first_(first) {}
+
+  Batch next() override {
+    Batch batch = batches_->next();
+    const int64_t rows = batch.targets.size(0), seqlen = batch.targets.size(1);
+    positions_.resize(rows, 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      const at::Tensor targets = batch.targets[row];
+      // Drops the targets of inputs [begin, begin + count), of which the first is at `position`.
+      const auto drop = [&](int64_t begin, int64_t count, int64_t position) {
+        const int64_t early = std::clamp<int64_t>(first_ - 1 - position, 0, count);
+        targets.narrow(0, begin, early).fill_(kIgnored);
+      };
+      if (batch.document_ends.empty()) {
+        if (batch.starts.empty() || batch.starts[row] != 0) positions_[row] = 0;
+        drop(0, seqlen, positions_[row]);
+        positions_[row] += seqlen;
+      } else {
+        int64_t begin = 0;
+        for (const int32_t end : batch.document_ends) {
+          drop(begin, end - begin, 0);
+          begin = end;
+        }
+      }
+    }
+    batch.num_targets = batch.targets.ne(kIgnored).sum().item<int64_t>();
+    return batch;
+  }
+  std::string position() const override {
+    std::string text = batches_->position();
+    for (const int64_t position : positions_) text += "/" + std::to_string(position);
+    return text;
+  }
+  void seek(const std::string& position) override {
+    const size_t end = position.find('/');
+    batches_->seek(position.substr(0, end));
+    positions_.clear();
+    for (size_t at = end; at != std::string::npos;) {
+      const size_t next = position.find('/', at + 1);
+      positions_.push_back(parse_position(position.substr(at + 1, next - at - 1), "in its document"));
+      at = next;
+    }
+  }
+  int64_t vocab_size() const override { return batches_->vocab_size(); }
+
+ private:
+  std::unique_ptr<BatchSource> batches_;
+  int64_t first_;
+  std::vector<int64_t> positions_;  // of each row's next input in its document; empty: none was read yet
+};
+
 }  // namespace
 
 int64_t parse_position(const std::string& text, const char* where) {
@@ -128,11 +195,11 @@ int64_t parse_position(const std::string& text, const char* where) {
 }
 
 std::unique_ptr<BatchSource> make_recall(const RecallOptions& options) {
-  const int64_t room = (options.seqlen - 2 * options.num_pairs - options.gap) / 2;
-  if (room < options.num_pairs) {
+  const int64_t shortest = 2 * (2 + options.num_repeats) * options.num_pairs + options.gap;
+  if (options.seqlen < shortest) {
     throw_field("data.seqlen",
-                "expected at least {} for {} pairs, their questions and {} tokens between them, found {}",
-                4 * options.num_pairs + options.gap, options.num_pairs, options.gap, options.seqlen);
+                "expected at least {} for {} pairs, their questions and {} tokens between them, found {}", shortest,
+                options.num_pairs, options.gap, options.seqlen);
   }
   return std::make_unique<Recall>(options);
 }
@@ -141,7 +208,13 @@ std::unique_ptr<BatchSource> cut_into_chunks(std::unique_ptr<BatchSource> rows, 
   return std::make_unique<Chunks>(std::move(rows), chunk);
 }
 
-std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split) {
+std::unique_ptr<BatchSource> without_early_targets(std::unique_ptr<BatchSource> batches, int64_t first) {
+  return std::make_unique<WithoutEarly>(std::move(batches), first);
+}
+
+namespace {
+
+std::unique_ptr<BatchSource> open_all(const TrainConfig& config, Split split) {
   const DataOptions& data = config.data;
   if (data.task == "shards") return open_shards(config, split);
   // A window can pass something on once a layer: with this gap no window reaches from a question to its pair.
@@ -152,10 +225,21 @@ std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split
                            .num_keys = data.recall_keys,
                            .num_values = data.recall_values,
                            .num_noise = data.recall_noise,
+                           .num_repeats = data.recall_repeats,
+                           .reach = config.attention.window_size,
                            .gap = gap,
                            .seed = config.run.seed,
                            .split = split});
   return config.recurrent.chunk > 0 ? cut_into_chunks(std::move(rows), config.recurrent.chunk) : std::move(rows);
+}
+
+}  // namespace
+
+std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split) {
+  std::unique_ptr<BatchSource> batches = open_all(config, split);
+  const int64_t first = config.validation.from_position;
+  return split == Split::kValidation && first > 0 ? without_early_targets(std::move(batches), first)
+                                                  : std::move(batches);
 }
 
 }  // namespace sparsek::train

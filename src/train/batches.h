@@ -32,7 +32,8 @@ class BatchSource {
 
 enum class Split : uint8_t { kTrain, kValidation };
 
-// data.* and recurrent.* of a run. Throws DataError for data that cannot be used.
+// data.*, recurrent.* and, of the validation part, validation.from_position of a run. Throws DataError for data that
+// cannot be used.
 std::unique_ptr<BatchSource> open_batches(const TrainConfig& config, Split split);
 
 // The number that a position of some source is; `where`: whose, for the message of a DataError.
@@ -41,8 +42,11 @@ int64_t parse_position(const std::string& text, const char* where);
 // Key-value recall across the window, without end, by seed: pairs of a key and its value lie in noise; at the end of a
 // row each key is asked once, and its value, the next token, is the only target. `gap` noise tokens at least stand
 // between pairs and questions.
+// Practice: each pair is told num_repeats times more (less often where there is no room), at most `reach` tokens behind
+// the first time, and there its value is a target too, in the training part alone: what is asked across the gap is
+// learned nearby first, where any attention finds it.
 struct RecallOptions {
-  int64_t batch, seqlen, num_pairs, num_keys, num_values, num_noise, gap, seed;
+  int64_t batch, seqlen, num_pairs, num_keys, num_values, num_noise, num_repeats, reach, gap, seed;
   Split split;
 };
 std::unique_ptr<BatchSource> make_recall(const RecallOptions& options);
@@ -50,6 +54,10 @@ std::unique_ptr<BatchSource> make_recall(const RecallOptions& options);
 // Token shards (data/shards): packed rows as one row with document_ends, or whole documents in order, a chunk at a
 // time.
 std::unique_ptr<BatchSource> open_shards(const TrainConfig& config, Split split);
+
+// The same batches without the targets before position `first` of their document: position 0 is a document's first
+// token, or the first that a packed row holds of it; a target's is one more than its input's.
+std::unique_ptr<BatchSource> without_early_targets(std::unique_ptr<BatchSource> batches, int64_t first);
 
 // Each row of `rows`, which must not be packed, as a document that comes in chunks.
 std::unique_ptr<BatchSource> cut_into_chunks(std::unique_ptr<BatchSource> rows, int64_t chunk);

@@ -77,7 +77,8 @@ void check_data(const TrainConfig& config) {
     check_range("data.recall_keys", data.recall_keys, data.recall_pairs);
     check_range("data.recall_values", data.recall_values, 1);
     check_range("data.recall_noise", data.recall_noise, 1);
-    const int64_t shortest = 4 * data.recall_pairs + config.attention.window_size;
+    check_range("data.recall_repeats", data.recall_repeats, 0, 16);
+    const int64_t shortest = 2 * (2 + data.recall_repeats) * data.recall_pairs + config.attention.window_size;
     if (data.seqlen < shortest) {
       throw_field("data.seqlen", "expected at least {} (pairs, questions and a window between them), found {}",
                   shortest, data.seqlen);
@@ -186,6 +187,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"data.recall_keys", &c.data.recall_keys, "different keys"},
       {"data.recall_values", &c.data.recall_values, "different values"},
       {"data.recall_noise", &c.data.recall_noise, "different tokens between them"},
+      {"data.recall_repeats", &c.data.recall_repeats,
+       "times that a pair is told again within the window; what a run practises on, not what validation asks"},
 
       {"recurrent.chunk", &c.recurrent.chunk, "tokens of a chunk; 0: whole rows, nothing carried"},
       {"recurrent.bptt_chunks", &c.recurrent.bptt_chunks, "chunks a step; gradients stop before them"},
@@ -221,6 +224,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
 
       {"validation.every", &c.validation.every, "steps between validations; 0: none"},
       {"validation.batches", &c.validation.batches, "batches of one"},
+      {"validation.from_position", &c.validation.from_position,
+       "tokens before this position of their document count for nothing"},
       {"checkpoint.every", &c.checkpoint.every, "steps between checkpoints; 0: at the end alone"},
       {"checkpoint.keep", &c.checkpoint.keep, "checkpoints that stay"},
   };
@@ -241,6 +246,11 @@ void check_config(const TrainConfig& config) {
   check_number("warm_start.lr", config.warm_start.lr, 0, 1e3);
   check_range("validation.every", config.validation.every, 0);
   check_range("validation.batches", config.validation.batches, 1);
+  check_range("validation.from_position", config.validation.from_position, 0);
+  if (config.recurrent.chunk == 0 && config.validation.from_position >= config.data.seqlen) {
+    throw_field("validation.from_position", "expected less than data.seqlen {}, found {}", config.data.seqlen,
+                config.validation.from_position);
+  }
   check_range("checkpoint.every", config.checkpoint.every, 0);
   check_range("checkpoint.keep", config.checkpoint.keep, 1);
 }

@@ -55,6 +55,7 @@ struct DataOptions {
   int64_t min_tokens = 2;
   int64_t batch = 1, seqlen = 8192;
   int64_t recall_pairs = 16, recall_keys = 32, recall_values = 32, recall_noise = 32;
+  int64_t recall_repeats = 0;
 };
 
 struct RecurrentOptions {
@@ -91,6 +92,7 @@ struct WarmStartOptions {
 
 struct ValidationOptions {
   int64_t every = 500, batches = 8;
+  int64_t from_position = 0;
 };
 
 struct CheckpointOptions {

@@ -2,6 +2,7 @@
 // position is found again, in chunks too.
 #include "train/batches.h"
 
+#include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -18,6 +19,8 @@ constexpr RecallOptions kOptions{.batch = 3,
                                  .num_keys = 9,
                                  .num_values = 5,
                                  .num_noise = 7,
+                                 .num_repeats = 0,
+                                 .reach = 10,
                                  .gap = 20,
                                  .seed = 4,
                                  .split = Split::kTrain};
@@ -68,6 +71,104 @@ TEST(Recall, BySeedSplitAndPosition) {
   b->seek(position);
   EXPECT_TRUE(third.ids.equal(b->next().ids));
   EXPECT_THROW(b->seek("x"), std::runtime_error);
+}
+
+TEST(Recall, TellsPairsAgainNearbyAsPractice) {
+  RecallOptions options = kOptions;
+  options.seqlen = 256;
+  options.num_repeats = 2;
+  int64_t practice = 0;
+  const auto source = make_recall(options);
+  for (int batch_index = 0; batch_index < 5; ++batch_index) {
+    const Batch batch = source->next();
+    int64_t targets = 0;
+    for (int64_t row = 0; row < 3; ++row) {
+      const int64_t* ids = batch.ids[row].const_data_ptr<int64_t>();
+      const int64_t* asked = batch.targets[row].const_data_ptr<int64_t>();
+      std::map<int64_t, int64_t> first;  // where a key is told first
+      const int64_t questions = 256 - 12;
+      for (int64_t t = 0; t < questions; ++t) {
+        if (ids[t] < 7) {
+          EXPECT_EQ(asked[t], kIgnored);
+          continue;
+        }
+        ASSERT_LT(t + 1, questions - 20) << "inside the gap";
+        const auto [it, is_first] = first.emplace(ids[t], t);
+        EXPECT_EQ(ids[t + 1], ids[it->second + 1]) << "another value";
+        EXPECT_EQ(asked[t], is_first ? kIgnored : ids[t + 1]);
+        EXPECT_EQ(asked[t + 1], kIgnored);
+        EXPECT_LE(t - it->second, options.reach);
+        practice += is_first ? 0 : 1;
+        targets += is_first ? 0 : 1;
+        ++t;
+      }
+      EXPECT_EQ(first.size(), 6u);
+    }
+    EXPECT_EQ(batch.num_targets, targets + 18);
+  }
+  EXPECT_GT(practice, 5 * 3 * 6);  // of twice as many
+  options.split = Split::kValidation;
+  EXPECT_EQ(make_recall(options)->next().num_targets, 18);
+}
+
+// Rows of given lengths whose targets are their inputs' positions in their document, plus one.
+class Counted final : public BatchSource {
+ public:
+  Counted(std::vector<int32_t> ends, std::vector<uint8_t> starts)
+      : ends_(std::move(ends)), starts_(std::move(starts)), at_(starts_.size(), 0) {}
+  Batch next() override {
+    Batch batch;
+    const int64_t rows = std::max<int64_t>(static_cast<int64_t>(starts_.size()), 1);
+    batch.targets = at::empty({rows, 12}, at::kLong);
+    batch.document_ends = ends_;
+    batch.starts = starts_;
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t* targets = batch.targets[row].mutable_data_ptr<int64_t>();
+      int64_t position = starts_.empty() || starts_[row] != 0 ? 0 : at_[row];
+      for (int64_t t = 0; t < 12; ++t) {
+        if (std::find(ends_.begin(), ends_.end(), t) != ends_.end()) position = 0;
+        targets[t] = ++position;
+      }
+      if (!starts_.empty()) at_[row] = position;
+    }
+    batch.ids = batch.targets;
+    batch.num_targets = rows * 12;
+    std::fill(starts_.begin(), starts_.end(), 0);
+    return batch;
+  }
+  std::string position() const override { return "7"; }
+  void seek(const std::string& position) override { EXPECT_EQ(position, "7"); }
+  int64_t vocab_size() const override { return 13; }
+
+ private:
+  std::vector<int32_t> ends_;
+  std::vector<uint8_t> starts_;
+  std::vector<int64_t> at_;
+};
+
+void expect_from(const Batch& batch, const Batch& all, int64_t first, int64_t count) {
+  EXPECT_TRUE(batch.targets.equal(all.targets.masked_fill(all.targets.lt(first), kIgnored)));
+  EXPECT_EQ(batch.num_targets, count);
+}
+
+TEST(EarlyTargets, OfEachDocumentAreLeftOut) {
+  // One document; three in a packed row, of 5, 1 and 6 tokens; two chunks, of which one row begins anew in the first.
+  expect_from(
+      without_early_targets(std::make_unique<Counted>(std::vector<int32_t>{}, std::vector<uint8_t>{}), 5)->next(),
+      Counted({}, {}).next(), 5, 8);
+  expect_from(
+      without_early_targets(std::make_unique<Counted>(std::vector<int32_t>{5, 6, 12}, std::vector<uint8_t>{}), 3)
+          ->next(),
+      Counted({5, 6, 12}, {}).next(), 3, 7);
+  const auto chunks =
+      without_early_targets(std::make_unique<Counted>(std::vector<int32_t>{}, std::vector<uint8_t>{1, 1}), 15);
+  Counted all({}, {1, 1});
+  expect_from(chunks->next(), all.next(), 15, 0);
+  const std::string position = chunks->position();
+  const Batch second = all.next();
+  expect_from(chunks->next(), second, 15, 20);
+  chunks->seek(position);
+  EXPECT_EQ(chunks->next().num_targets, 20) << "positions 13 to 24 again: it is the source that does not go back here";
 }
 
 TEST(Chunks, CoverRowsAndAreFoundAgain) {

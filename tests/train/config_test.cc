@@ -65,6 +65,9 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=9", "schedule.topk_from=900", "attention.pool_size=600"}),
               HasSubstr("more than schedule.topk_from 900"));
   EXPECT_THAT(problem(kRecall, {"data.seqlen=100"}), HasSubstr("data.seqlen"));
+  EXPECT_EQ(problem(kRecall, {"data.seqlen=600"}), "no exception");
+  EXPECT_THAT(problem(kRecall, {"data.seqlen=600", "data.recall_repeats=2"}), HasSubstr("data.seqlen"));
+  EXPECT_THAT(problem(kRecall, {"validation.from_position=8192"}), HasSubstr("less than data.seqlen 8192"));
 }
 
 TEST(TrainConfig, TextGivesTheSameConfig) {
