@@ -97,6 +97,7 @@ class FlexWindow(Contender):
 
     def __init__(self):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        torch._dynamo.config.recompile_limit = 64  # each length, with and without gradients
         self.create_block_mask, self.attention = create_block_mask, torch.compile(flex_attention, dynamic=False)
 
     def prepare(self, inputs):

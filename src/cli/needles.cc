@@ -28,7 +28,7 @@ int run_needles(const NeedlesConfig& config) {
   options.depths = config.depths;
   options.samples = config.samples;
   options.seed = config.seed;
-  options.chunk_size = config.model.chunk_size;
+  options.chunk_size = tokens_at_once(config.model);
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
   const int64_t wanted = eval::haystack_tokens(options);

@@ -137,7 +137,7 @@ def test_cross_entropy(dtype: torch.dtype, vocab_size: int, has_teacher: bool) -
     targets[3:6] = -100
     found = []
     for device, of in (("cpu", torch.float64), (DEVICE, dtype)):
-        x = logits.to(device, of)
+        x = logits.to(device, of, copy=True)  # overwritten
         other = None if teacher is None else teacher.to(device, of)
         options = dict(ignored=-100, next_token_weight=0.7, kl_weight=0.4, writes_gradient=True)
         losses, divergences = ops._cross_entropy_(x, targets.to(device), other, **options)

@@ -72,7 +72,9 @@ TEST_P(CudaCrossEntropy, LossesAndGradient) {
       }
       if (targets[r] == -100) {
         EXPECT_EQ(loss[r], 0.0f);
-        if (c.has_teacher) EXPECT_EQ(divergence[r], 0.0f);
+        if (c.has_teacher) {
+          EXPECT_EQ(divergence[r], 0.0f);
+        }
         for (int i = 0; writes_gradient && i < c.vocab_size; ++i) ASSERT_EQ(g[i].bits, 0) << "row " << r;
         continue;
       }

@@ -81,7 +81,9 @@ TEST(CudaElementwise, RmsNorm) {
         double squares = 0;
         for (int i = 0; i < dim; ++i) {
           wanted[i] = double{x[r * x_stride + i]} + (has_update ? to_float(update[r * dim + i]) : 0.0f);
-          if (has_update) EXPECT_TRUE(std::abs(sums[r * dim + i] - wanted[i]) <= 1e-6 * (std::abs(wanted[i]) + 1));
+          if (has_update) {
+            EXPECT_TRUE(std::abs(sums[r * dim + i] - wanted[i]) <= 1e-6 * (std::abs(wanted[i]) + 1));
+          }
           squares += wanted[i] * wanted[i];
         }
         const double scale = 1 / std::sqrt(squares / dim + 1e-5);
@@ -236,14 +238,20 @@ TEST(CudaElementwise, Rotary) {
             const double far_near = to_float(y[at]) * double{far_cos[a]},
                          far_other = turn * to_float(y[pair]) * far_sin[a];
             expect_close(found[0][at], near + other, std::abs(near) + std::abs(other), "rotary in place", at);
-            if (h < 1) EXPECT_EQ(found[1][at].bits, x[at].bits) << "copied at " << at;
+            if (h < 1) {
+              EXPECT_EQ(found[1][at].bits, x[at].bits) << "copied at " << at;
+            }
             if (h < 2) {
               expect_close(found[2][at], near + other + far_near + far_other,
                            std::abs(near) + std::abs(other) + std::abs(far_near) + std::abs(far_other), "rotary of two",
                            at);
             }
-            if (h >= 1) EXPECT_EQ(found[1][at].bits, 0xffff);
-            if (h >= 2) EXPECT_EQ(found[2][at].bits, 0xffff);
+            if (h >= 1) {
+              EXPECT_EQ(found[1][at].bits, 0xffff);
+            }
+            if (h >= 2) {
+              EXPECT_EQ(found[2][at].bits, 0xffff);
+            }
           }
         }
         for (int64_t i = token + heads * c.head_dim; i < token + token_stride; ++i) {
