@@ -26,9 +26,9 @@ DecodeState DecodeState::copy() const {
   for (const LayerState& layer : layers_) {
     LayerState& own = copy.layers_.emplace_back(layer);
     ops::AttentionState& state = own.sparsek;
-    for (at::Tensor* tensor : {&own.k, &own.v, &state.k, &state.v, &state.ring_k, &state.ring_scores, &state.ring_mass,
-                               &state.slot_scores, &state.slot_positions, &state.pool_scores, &state.stats,
-                               &state.lengths}) {
+    for (at::Tensor* tensor :
+         {&own.k, &own.v, &state.k, &state.v, &state.ring_k, &state.ring_scores, &state.ring_mass, &state.slot_scores,
+          &state.slot_positions, &state.pool_scores, &state.stats, &state.lengths}) {
       if (tensor->defined()) *tensor = tensor->clone();
     }
   }
