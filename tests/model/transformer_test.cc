@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <random>
 
 #include "base/error.h"
 #include "model/adapter.h"
@@ -285,11 +287,17 @@ TEST_F(TransformerTest, DocumentsSideBySideAreThoseOfEachAlone) {
   constexpr int64_t kSteps = 25;
   for (const AttentionRequest& request : requests) {
     for (const bool plain : {false, true}) {
-      for (const std::vector<int64_t>& lengths : std::vector<std::vector<int64_t>>{{5, 5, 5}, {13, 47, 30}}) {
+      for (const std::vector<int64_t>& lengths : std::vector<std::vector<int64_t>>{{5, 5, 5}, {13, 36, 30}}) {
         const Transformer model = load(request, at::kFloat, plain);
         const std::string what =
             describe(model.attention()) + (plain ? " plain " : " ") + testing::PrintToString(lengths);
-        std::vector<int32_t> ids = random_ids(300);
+        // No token twice in a document: the norms of its first keys would differ by rounding alone, and that would
+        // select.
+        std::vector<int32_t> ids(300);
+        for (int d = 0; d < 3; ++d) {
+          std::iota(ids.begin() + d * 100, ids.begin() + d * 100 + 61, 0);
+          std::shuffle(ids.begin() + d * 100, ids.begin() + d * 100 + 61, std::mt19937(d));
+        }
         std::vector<DecodeState> states;
         std::vector<const DecodeState*> alone;
         for (size_t d = 0; d < lengths.size(); ++d) {
