@@ -45,12 +45,12 @@ def kinds(options):
 
 class Program:
     def __init__(self, options):
-        common.PROGRAM = options.program
+        self.program = options.program
         self.shared = ["--model", options.model, "--device", options.device,
                        "--chunk", 512 if options.device == "cpu" else 4096]
 
     def __call__(self, command, path, *more):
-        return common.sparsek(command, path, *self.shared, *more)
+        return common.sparsek(command, path, *self.shared, *more, program=self.program)
 
 
 def losses(program, options):

@@ -29,6 +29,7 @@ int run_needles(const NeedlesConfig& config) {
   options.samples = config.samples;
   options.seed = config.seed;
   options.chunk_size = tokens_at_once(config.model);
+  eval::check(options);
   const std::string path = resolve_model(config.model.model);
   const Tokenizer tokenizer = open_tokenizer(path);
   const int64_t wanted = eval::haystack_tokens(options);
@@ -41,7 +42,8 @@ int run_needles(const NeedlesConfig& config) {
     if (interrupted()) return kInterruptedExitCode;
   }
   constexpr int64_t kLongestQuestion = 256;
-  const model::Transformer model = open_model(config.model, path, options.tokens + kLongestQuestion);
+  const model::Transformer model =
+      open_model(config.model, path, options.tokens + kLongestQuestion, /*documents=*/2);  // a question has a copy
   tokenizer.check_model_vocab(model.config().vocab_size, path);
   eval::NeedleResult result;
   {

@@ -75,7 +75,9 @@ int64_t num_readings(const NeedleOptions& options) {
   return options.samples * (options.task == NeedleTask::kPasskey ? options.depths : 1);
 }
 
-void check(const NeedleOptions& options, int64_t haystack) {
+}  // namespace
+
+void check(const NeedleOptions& options) {
   const auto between = [](const char* field, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high) throw_field(field, "expected {} to {}, found {}", low, high, value);
   };
@@ -83,12 +85,7 @@ void check(const NeedleOptions& options, int64_t haystack) {
   between("samples", options.samples, 1, 1'000'000);
   // A needle has up to 40 tokens; half of the text is to be text.
   between("tokens", options.tokens, 80 * options.depths, int64_t{1} << 40);
-  if (haystack < options.tokens) {
-    throw_field("tokens", "expected at most {}, the tokens of the text, found {}", haystack, options.tokens);
-  }
 }
-
-}  // namespace
 
 NeedleTask parse_needle_task(const std::string& text) {
   if (text == "passkey") return NeedleTask::kPasskey;
@@ -102,7 +99,10 @@ int64_t haystack_tokens(const NeedleOptions& options) {
 
 NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer, std::span<const TokenId> haystack,
                      const NeedleOptions& options, const std::function<bool(int64_t)>& on_progress) {
-  check(options, static_cast<int64_t>(haystack.size()));
+  check(options);
+  if (const auto found = static_cast<int64_t>(haystack.size()); found < options.tokens) {
+    throw_field("tokens", "expected at most {}, the tokens of the text, found {}", found, options.tokens);
+  }
   const c10::InferenceMode inference;
   const auto start = std::chrono::steady_clock::now();
   NeedleResult result;

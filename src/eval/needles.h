@@ -30,6 +30,9 @@ struct NeedleOptions {
   int64_t chunk_size = 512;
 };
 
+// Throws UsageError unless every option is in its range; needles() does too, and asks for a text that is long enough.
+void check(const NeedleOptions& options);
+
 // Tokens of text that the readings take, one behind the other; a shorter text is read again from its begin, but no
 // reading is longer than it.
 int64_t haystack_tokens(const NeedleOptions& options);

@@ -7,6 +7,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 
 #include "base/error.h"
 #include "base/saturate.h"
@@ -194,7 +196,9 @@ DecodeState Transformer::join(const std::vector<const DecodeState*>& states) con
     joined.lengths_.insert(joined.lengths_.end(), state->lengths_.begin(), state->lengths_.end());
   }
   const auto [shortest, longest] = std::minmax_element(joined.lengths_.begin(), joined.lengths_.end());
-  TORCH_CHECK(*shortest == *longest || parts.attention->step_phase(*shortest) == parts.attention->step_phase(*longest),
+  // Documents of other lengths may not change phase between them: all have to be in the last one.
+  const std::optional<int> last_phase = parts.attention->step_phase(std::numeric_limits<int64_t>::max());
+  TORCH_CHECK(*shortest == *longest || parts.attention->step_phase(*shortest) == last_phase,
               "join: expected documents of one length, or all of at least window_size = ",
               parts.attention_config.window_size, " tokens, found ", *shortest, " and ", *longest, " tokens");
   for (int64_t i = 0; i < parts.config.num_layers; ++i) {
@@ -282,7 +286,7 @@ at::Tensor Transformer::Parts::repeat_step(const at::Tensor& ids, int phase, Dec
     };
     step->step = record_step(work, placement.device);
   }
-  step->ids.copy_(ids, /*non_blocking=*/true);  // so few bytes that CUDA takes them along at once
+  step->ids.copy_(ids, /*non_blocking=*/true);  // from pageable memory, which CUDA has read when it returns
   step->step->run();
   for (int64_t& length : state.lengths_) ++length;
   return step->work.normed.clone();  // the next step writes over it

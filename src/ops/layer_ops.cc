@@ -189,7 +189,7 @@ Tensors2 cross_entropy_composite(Tensor& logits, const Tensor& targets, const Ma
                                  double next_token_weight, double kl_weight, bool writes_gradient) {
   const at::ScalarType wide = scores_dtype(logits.scalar_type());
   const Tensor log_p = at::log_softmax(logits, -1, wide);
-  const Tensor valid = targets.ne(ignored), index = targets.clamp_min(0).unsqueeze(1);
+  const Tensor valid = targets.ne(ignored), index = at::where(valid, targets, at::zeros_like(targets)).unsqueeze(1);
   const auto of_valid = [&](const Tensor& x) { return at::where(valid, x, at::zeros_like(x)); };
   const Tensor losses = of_valid(-log_p.gather(1, index).squeeze(1));
   Tensor divergences = none(log_p), log_teacher;

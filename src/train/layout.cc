@@ -7,6 +7,7 @@
 #include <algorithm>
 
 namespace sparsek::train {
+
 Layout make_layout(const model::Rope& rope, int64_t batch, int64_t seqlen, std::vector<int32_t> document_ends,
                    std::vector<int64_t> positions, at::Device device, at::ScalarType dtype) {
   Layout layout;

@@ -299,6 +299,12 @@ class Run {
       hits += scores.hits.sum().item<int64_t>();
       targets += batch.num_targets;
     }
+    if (targets == 0 && config_.validation.from_position > 0) {
+      throw_data(
+          "validation: expected a target at position {} or later in {} batches, found none; lower "
+          "validation.from_position, or give more validation.batches",
+          config_.validation.from_position, config_.validation.batches);
+    }
     const auto count = static_cast<double>(std::max<int64_t>(targets, 1));
     return {loss / count, static_cast<double>(hits) / count};
   }

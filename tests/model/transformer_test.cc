@@ -349,6 +349,9 @@ TEST_F(TransformerTest, DocumentsThatCannotBeSideBySideAreRefused) {
   model.forward(as_tensor(ids, 0, 30), longer);
   const auto message = [](const std::function<void()>& action) { return message_of<c10::Error>(action); };
   EXPECT_THAT(message([&] { model.join({&first, &longer}); }), AllOf(HasSubstr("12"), HasSubstr("5 and 30 tokens")));
+  DecodeState unfilled = model.new_state();
+  model.forward(as_tensor(ids, 0, 10), unfilled);
+  EXPECT_THAT(message([&] { model.join({&first, &unfilled}); }), HasSubstr("5 and 10 tokens"));
   EXPECT_THAT(message([&] { model.join({}); }), HasSubstr("none"));
   DecodeState both = model.join({&first, &first});
   EXPECT_THAT(message([&] { model.forward(as_tensor(ids, 0, 3), both); }),

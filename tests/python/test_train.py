@@ -72,6 +72,12 @@ def test_print_config_gives_the_same_run(tmp_path):
     assert b"lr = 0.002" in text
 
 
+@pytest.mark.parametrize("path", sorted((program.ROOT / "examples/train").glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_are_understood(path):
+    result = program.run("train", path, "--print-config")
+    assert result.returncode == 0, result.stderr.decode()
+
+
 def test_wrong_configurations(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[optimiser]\nlearning_rate = 1\n")

@@ -26,6 +26,7 @@ struct Running {
     max = to;
   }
   __device__ void add(float x, float value) {
+    if (x == kNothing) return;  // whatever the maximum: it may be that too
     const float e = __expf(x - max);
     sum += e;
     weighted += e * value;
