@@ -156,7 +156,7 @@ def test_wrong_usage_of_generate():
 
 
 def test_wrong_commands():
-    fails(2, mentions=["generate, perplexity, inspect, tokenize, train, adapt, bench", "none"])
+    fails(2, mentions=["generate, perplexity, needles, inspect, tokenize, train, adapt, bench", "none"])
     fails(2, "", mentions=["generate"])
     fails(2, "summarise", mentions=["generate", "'summarise'"])
     fails(2, "--summarise", mentions=["'--summarise'"])
