@@ -4,8 +4,8 @@
 
 namespace sparsek::cuda {
 
-// Whether a caller leaves the choice to the kernels or wants one set (tests, timings, which skip kSm90 where the device is
-// another: there the portable set serves it too).
+// Whether a caller leaves the choice to the kernels or wants one set (tests, timings, which skip kSm90 where the device
+// is another: there the portable set serves it too).
 enum class KernelChoice : uint8_t { kAutomatic, kPortable, kSm90 };
 
 // 10 * major + minor of the current device, asked for once per device.
