@@ -197,7 +197,7 @@ def test_nan_weights_exit_1(tmp_path, text):
     path = tmp_path / "nan.gguf"
     path.write_bytes(data)
     fails(1, "perplexity", text, "--model", path, mentions=["nan.gguf"])
-    data[-64:] = struct.pack("<16f", *[3e38] * 16)  # of output_norm: finite, the logits are not
+    data[-2048:] = struct.pack("<512f", *[3e38] * 512)  # of output_norm: finite, the logits are not, whatever the token
     path = tmp_path / "large.gguf"
     path.write_bytes(data)
     fails(1, "perplexity", text, "--model", path, mentions=["large.gguf", "damaged"])
