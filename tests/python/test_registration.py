@@ -185,10 +185,16 @@ def test_opcheck(case: str) -> None:
     torch.library.opcheck(op, arguments, keywords)
 
 
+# The C++ trainer's, between attention layers: without functions for tensors without data, so not for torch.compile.
+# tests/python/test_cuda_layer.py compares them with torch's own.
+OF_THE_TRAINER = {"sparsek::_add_rms_norm", "sparsek::_add_rms_norm_backward", "sparsek::_split_rotary", "sparsek::_split_rotary_backward",
+                  "sparsek::_swiglu", "sparsek::_swiglu_backward", "sparsek::_cross_entropy_"}
+
+
 def test_every_operation_has_a_case() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparsek::")}
     checked = {op_cases()[case]()[0].name() for case in op_cases()}
-    assert registered == checked
+    assert registered == checked | OF_THE_TRAINER and not checked & OF_THE_TRAINER
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
