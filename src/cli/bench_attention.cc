@@ -18,6 +18,7 @@
 #include "cli/progress.h"
 #include "cli/report.h"
 #include "cli/source.h"
+#include "cli/spread.h"
 #include "cli/stopwatch.h"
 #include "data/quote.h"
 #include "kernels/cpu/simd/dispatch.h"
@@ -34,17 +35,6 @@ constexpr int64_t kMaxSeqlen = int64_t{1} << 24, kMaxHeads = 1024;
 
 void expect_range(const char* option, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) throw_usage("{}: expected {} to {}, found {}", option, low, high, value);
-}
-
-struct Timing {
-  double min = 0, median = 0, max = 0;  // milliseconds
-};
-Timing summarise(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return {times.front(), times[times.size() / 2], times.back()};
-}
-nlohmann::ordered_json to_json(const Timing& timing) {
-  return {{"min_ms", timing.min}, {"median_ms", timing.median}, {"max_ms", timing.max}};
 }
 
 double time_ms(const std::function<void()>& work) {
@@ -148,22 +138,22 @@ int run_bench_attention(const BenchAttentionConfig& config) {
       }
     }
     if (interrupted()) return kInterruptedExitCode;
-    const Timing sparsek = summarise(sparse_ms), select = summarise(select_ms), mass = summarise(mass_ms);
+    const Spread sparsek = spread_of(sparse_ms), select = spread_of(select_ms), mass = spread_of(mass_ms);
     nlohmann::ordered_json row{{"seqlen", seqlen},
-                               {"sparsek", to_json(sparsek)},
-                               {"select", to_json(select)},
-                               {"window_mass", to_json(mass)},
+                               {"sparsek", to_json(sparsek, "_ms")},
+                               {"select", to_json(select, "_ms")},
+                               {"window_mass", to_json(mass, "_ms")},
                                {"us_per_token", 1e3 * sparsek.median / static_cast<double>(seqlen)}};
     double ratio = 0;
     if (!dense_ms.empty()) {
-      const Timing dense_timing = summarise(dense_ms);
+      const Spread dense_timing = spread_of(dense_ms);
       ratio = dense_timing.median / sparsek.median;
-      row["dense"] = to_json(dense_timing);
+      row["dense"] = to_json(dense_timing, "_ms");
       row["dense_over_sparsek"] = ratio;
     }
     if (!config.json) {
       fmt::print("{:>9} {:>12.2f} {:>12.2f} {:>12.2f} {:>12} {:>8}\n", with_separators(seqlen), sparsek.median,
-                 select.median, mass.median, dense_ms.empty() ? "-" : fmt::format("{:.2f}", summarise(dense_ms).median),
+                 select.median, mass.median, dense_ms.empty() ? "-" : fmt::format("{:.2f}", spread_of(dense_ms).median),
                  dense_ms.empty() ? "-" : fmt::format("{:.1f}", ratio));
     }
     results.push_back(std::move(row));

@@ -17,6 +17,7 @@
 #include "cli/report.h"
 #include "cli/resources.h"
 #include "cli/source.h"
+#include "cli/spread.h"
 #include "cli/stopwatch.h"
 #include "model/token_ids.h"
 
@@ -25,18 +26,6 @@ namespace {
 
 // Untimed steps of every decoding: a GPU's libraries make their workspaces, and the step is recorded.
 constexpr int64_t kWarmUpSteps = 3;
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
-}
-
-nlohmann::ordered_json spread_of(const std::vector<double>& values) {
-  return {{"median", median(values)},
-          {"min", *std::min_element(values.begin(), values.end())},
-          {"max", *std::max_element(values.begin(), values.end())}};
-}
 
 void check(const BenchModelConfig& config) {
   const auto at_least_one = [](const char* option, const std::vector<int64_t>& values) {
@@ -142,7 +131,7 @@ int run_bench_model(const BenchModelConfig& config) {
       if (!steps) return kInterruptedExitCode;
       double decode_ms = 0;
       for (const double step : *steps) decode_ms += step;
-      const double read_rate = static_cast<double>(context) / median(read_seconds);
+      const double read_rate = static_cast<double>(context) / spread_of(read_seconds).median;
       const double decode_rate = static_cast<double>(batch * config.decode_tokens) / decode_ms * 1e3;
       const int64_t state_bytes = documents.size_in_bytes();
       if (!config.json) {
@@ -153,9 +142,9 @@ int run_bench_model(const BenchModelConfig& config) {
       results.push_back({{"context", context},
                          {"batch", batch},
                          {"read_tokens_per_second", read_rate},
-                         {"read_seconds", spread_of(read_seconds)},
+                         {"read_seconds", to_json(spread_of(read_seconds))},
                          {"decode_tokens_per_second", decode_rate},
-                         {"decode_step_ms", spread_of(*steps)},
+                         {"decode_step_ms", to_json(spread_of(*steps))},
                          {"state_bytes", state_bytes}});
     }
   }

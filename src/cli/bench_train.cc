@@ -16,6 +16,7 @@
 #include "cli/interrupt.h"
 #include "cli/progress.h"
 #include "cli/report.h"
+#include "cli/spread.h"
 #include "cli/stopwatch.h"
 #include "cli/train.h"
 #include "data/quote.h"
@@ -96,11 +97,6 @@ class Steps {
   int64_t step_ = 0;
 };
 
-nlohmann::ordered_json spread(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return {{"min", values.front()}, {"median", values[values.size() / 2]}, {"max", values.back()}};
-}
-
 // One length with one backend; an error that ends it (no memory, a backend that refuses) is its result.
 nlohmann::ordered_json measure(Steps& steps, const BenchTrainConfig& config, int64_t tokens) {
   try {
@@ -118,8 +114,8 @@ nlohmann::ordered_json measure(Steps& steps, const BenchTrainConfig& config, int
       rates.push_back(static_cast<double>(tokens) / seconds.back());
     }
     if (seconds.empty()) return {};  // interrupted
-    return {{"tokens_per_second", spread(rates)},
-            {"step_seconds", spread(seconds)},
+    return {{"tokens_per_second", to_json(spread_of(rates))},
+            {"step_seconds", to_json(spread_of(seconds))},
             {"timed_steps", seconds.size()},
             {"peak_memory_bytes", train::peak_memory_bytes(steps.device())},
             {"loss", loss}};
