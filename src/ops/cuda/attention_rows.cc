@@ -198,7 +198,7 @@ Tensors6 attention_backward(const Tensor& dout, const MaybeTensor& dlse, const T
   }
   // The gradient's layout is not the user's choice (sum().backward() gives stride 0): copied where need be.
   const Tensor outputs = as_contiguous(out), lse = as_contiguous(softmax_lse), douts = as_contiguous(dout);
-  const MaybeTensor dlses = given(dlse) ? MaybeTensor(as_contiguous(*dlse)) : MaybeTensor();
+  const MaybeTensor dlses = as_contiguous(dlse);
   check_rows_of_16_bytes({"dout", douts, kQueries});
   rows.params.out = outputs.mutable_data_ptr();
   rows.params.softmax_lse = lse.mutable_data_ptr();

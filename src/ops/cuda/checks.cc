@@ -65,14 +65,13 @@ void check_lanes(const Argument& argument, int64_t batch, int64_t num_kv_heads) 
               " and ", num_kv_heads);
 }
 
-void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
-                  const Argument& like) {
+void check_tensor(const Argument& argument, std::span<const int64_t> wanted, ScalarType dtype, const Argument& like) {
   check_ndim(argument, static_cast<int64_t>(wanted.size()));
   check_dtype(argument, dtype);
   check_device(argument, like);
   const auto sizes = argument.tensor.sizes();
   check_value(std::equal(wanted.begin(), wanted.end(), sizes.begin()), argument.name, " must be ", argument.layout,
-              " = ", ListText{wanted.begin(), wanted.size()}, ", got ", shape_text(argument.tensor));
+              " = ", ListText{wanted.data(), wanted.size()}, ", got ", shape_text(argument.tensor));
 }
 
 void check_contiguous(const Argument& argument) {
@@ -130,9 +129,8 @@ int32_t check_selection(int64_t topk, std::optional<int64_t> pool_size) {
   return static_cast<int32_t>(pool);
 }
 
-DType check_half(const Argument& argument) {
-  const ScalarType dtype = argument.tensor.scalar_type();
-  check_value(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, argument.name,
+DType check_half(const char* name, ScalarType dtype) {
+  check_value(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
               " must be BFloat16 or Half on a GPU, got ", toString(dtype));
   return dtype == ScalarType::BFloat16 ? DType::kBF16 : DType::kF16;
 }

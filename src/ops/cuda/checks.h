@@ -3,7 +3,9 @@
 // dtypes are ValueErrors here too (the composites of src/ops have raised TypeErrors before). Values that live on the
 // GPU are not looked at: that would stall the stream.
 #pragma once
+#include <initializer_list>
 #include <ostream>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 
@@ -41,8 +43,11 @@ void check_on_gpu(const Argument& argument);
 // Launches count them in a dimension of 16 bits.
 void check_lanes(const Argument& argument, int64_t batch, int64_t num_kv_heads);
 // ndim, dtype, device, shape.
-void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
-                  const Argument& like);
+void check_tensor(const Argument& argument, std::span<const int64_t> wanted, ScalarType dtype, const Argument& like);
+inline void check_tensor(const Argument& argument, std::initializer_list<int64_t> wanted, ScalarType dtype,
+                         const Argument& like) {
+  check_tensor(argument, std::span(wanted.begin(), wanted.size()), dtype, like);
+}
 void check_contiguous(const Argument& argument);
 // Rows of head_dim as the copy engine reads them: contiguous, at multiples of 16 bytes.
 void check_rows_of_16_bytes(const Argument& argument);
@@ -55,7 +60,10 @@ void check_window(int64_t window_size, int64_t num_sinks);
 // Throws unless 1 <= topk and pool_size is absent, 0 or larger; returns the pool size in force.
 int32_t check_selection(int64_t topk, std::optional<int64_t> pool_size);
 // bfloat16 or float16.
-DType check_half(const Argument& argument);
+DType check_half(const char* name, ScalarType dtype);
+inline DType check_half(const Argument& argument) {
+  return check_half(argument.name, argument.tensor.scalar_type());
+}
 int32_t checked_int32(const char* name, int64_t value);
 
 // Documents, checked and copied to the device when they come from the CPU (which waits for the stream); null without.

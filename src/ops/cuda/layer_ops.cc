@@ -14,21 +14,9 @@ using Tensors2 = std::tuple<Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-DType half_type(const char* name, ScalarType dtype) {
-  check_value(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-              " must be BFloat16 or Half on a GPU, got ", toString(dtype));
-  return dtype == ScalarType::BFloat16 ? DType::kBF16 : DType::kF16;
-}
-
 // Same sizes as `like`, this dtype, same device.
 void check_like(const Argument& argument, ScalarType dtype, const Argument& like) {
-  check_value(std::ranges::equal(argument.tensor.sizes(), like.tensor.sizes()), argument.name,
-              " must have the shape of ", like.name, ", ", shape_text(like.tensor), ", got ",
-              shape_text(argument.tensor));
-  check_value(argument.tensor.scalar_type() == dtype, argument.name, " must be ", toString(dtype), ", got ",
-              toString(argument.tensor.scalar_type()));
-  check_value(argument.tensor.is_cuda() && argument.tensor.get_device_index() == like.tensor.get_device_index(),
-              argument.name, " must be on the GPU of ", like.name);
+  check_tensor(argument, sizes_of(like.tensor), dtype, like);
 }
 
 int64_t check_rows(const Argument& argument) {
@@ -54,7 +42,7 @@ Tensors3 add_rms_norm(const Tensor& x, const MaybeTensor& update, const Tensor& 
   check_tensor({"weight", weight, "[dim]"}, {dim}, ScalarType::Float, like);
   const OnDevice here(x);
   const Tensor values = as_contiguous(x), scale = as_contiguous(weight);
-  const MaybeTensor updates = has_update ? MaybeTensor(as_contiguous(*update)) : MaybeTensor();
+  const MaybeTensor updates = as_contiguous(update);
   const int64_t rows = rows_of(x, dim);
   const Tensor out = new_like(x, dtype), sum = has_update ? new_like(x) : nothing(x);
   const Tensor rstd = empty({rows}, ScalarType::Float, x);
@@ -69,7 +57,7 @@ Tensors3 add_rms_norm(const Tensor& x, const MaybeTensor& update, const Tensor& 
                            .rows = rows,
                            .dim = checked_int32("dim", dim),
                            .eps = static_cast<float>(eps),
-                           .dtype = half_type("dtype", dtype)},
+                           .dtype = check_half("dtype", dtype)},
                           here.stream());
   return {out, sum, rstd};
 }
@@ -86,7 +74,7 @@ Tensors3 add_rms_norm_backward(const Tensor& dout, const MaybeTensor& dsum, cons
   check_tensor({"weight", weight, "[dim]"}, {dim}, ScalarType::Float, like);
   const OnDevice here(sum);
   const Tensor gradient = as_contiguous(dout), values = as_contiguous(sum), scale = as_contiguous(weight);
-  const MaybeTensor passed = given(dsum) ? MaybeTensor(as_contiguous(*dsum)) : MaybeTensor();
+  const MaybeTensor passed = as_contiguous(dsum);
   const Tensor dx = new_like(sum), dupdate = has_update ? new_like(dout) : nothing(dout);
   const Tensor dweight = weight_gradient ? new_like(weight) : nothing(weight);
   const sparsek::cuda::RmsNormBwdParams params{.dout = gradient.const_data_ptr(),
@@ -99,7 +87,7 @@ Tensors3 add_rms_norm_backward(const Tensor& dout, const MaybeTensor& dsum, cons
                                                .dweight = weight_gradient ? data<float>(dweight) : nullptr,
                                                .rows = rows,
                                                .dim = checked_int32("dim", dim),
-                                               .dtype = half_type("dout", dtype)};
+                                               .dtype = check_half("dout", dtype)};
   const Tensor workspace = here.workspace(sparsek::cuda::rms_norm_backward_workspace_bytes(params));
   sparsek::cuda::rms_norm_backward(params, workspace.mutable_data_ptr(), here.stream());
   return {dx, dupdate, dweight};

@@ -25,6 +25,12 @@ inline bool given(const MaybeTensor& tensor) {
   return tensor.has_value() && tensor->defined();
 }
 
+// A view of sizes that lives as long as the tensor.
+inline std::span<const int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.data(), sizes.size()};
+}
+
 // A contiguous tensor on a device's memory, of the caching allocator, not written. Where there is no memory:
 // std::runtime_error with the operation, the bytes wanted and the bytes there are. (Torch's own OutOfMemoryError does
 // not come through the stable ABI.)
@@ -37,8 +43,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
 }
 // Like another one in shape and device.
 inline Tensor new_like(const Tensor& like, ScalarType dtype) {
-  const auto sizes = like.sizes();
-  return empty(std::span(sizes.data(), sizes.size()), dtype, like.get_device_index());
+  return empty(sizes_of(like), dtype, like.get_device_index());
 }
 inline Tensor new_like(const Tensor& like) {
   return new_like(like, like.scalar_type());
@@ -58,6 +63,9 @@ const T* data_or_null(const MaybeTensor& tensor) {
 }
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline MaybeTensor as_contiguous(const MaybeTensor& tensor) {
+  return given(tensor) ? MaybeTensor(as_contiguous(*tensor)) : MaybeTensor();
 }
 inline Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};

@@ -40,7 +40,7 @@ Tensor window_mass_rows(const Tensor& q, const Tensor& k, const MaybeTensor& q_f
   check_indices("far_begin", far_begin, seqlen_k);
   check_indices("far_end", far_end, seqlen_k);
   check_window(window_size, 0);
-  const MaybeTensor initial = given(mass_in) ? MaybeTensor(as_contiguous(*mass_in)) : MaybeTensor();
+  const MaybeTensor initial = as_contiguous(mass_in);
   if (given(initial)) {
     check_tensor({"mass_in", *initial, "[batch, num_kv_heads, seqlen_k]"}, {batch, heads, seqlen_k}, ScalarType::Float,
                  like);
