@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "kernels/cuda/cross_entropy/cross_entropy.h"
-#include "kernels/cuda/elementwise/pack.cuh"
+#include "kernels/cuda/pack.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace sparsek::cuda {
@@ -30,6 +30,16 @@ struct Running {
     const float e = __expf(x - max);
     sum += e;
     weighted += e * value;
+  }
+  // All of `x`, value(j) with element j.
+  template <class T, int kWidth, class Value>
+  __device__ void take(const Pack<T, kWidth>& x, Value value) {
+    float top = widen(x.at[0]);
+#pragma unroll
+    for (int j = 1; j < kWidth; ++j) top = fmaxf(top, widen(x.at[j]));
+    raise(top);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) add(widen(x.at[j]), value(j));
   }
   // The same bits whichever way round: without contraction.
   __device__ void merge(const Running& other) {
@@ -86,20 +96,10 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const __grid_co
     Running own{kNothing, 0.0f, 0.0f}, other = own;
     for (int c = threadIdx.x * kWidth; c < p.vocab_size; c += kThreads * kWidth) {
       const Pack<T, kWidth> x = load<kWidth>(logits + c);
-      float top = widen(x.at[0]);
-#pragma unroll
-      for (int j = 1; j < kWidth; ++j) top = fmaxf(top, widen(x.at[j]));
-      own.raise(top);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) own.add(widen(x.at[j]), 0.0f);
+      own.take(x, [](int) { return 0.0f; });
       if constexpr (kTeacher) {
         const Pack<T, kWidth> y = load<kWidth>(teacher + c);
-        float highest = widen(y.at[0]);
-#pragma unroll
-        for (int j = 1; j < kWidth; ++j) highest = fmaxf(highest, widen(y.at[j]));
-        other.raise(highest);
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) other.add(widen(y.at[j]), widen(y.at[j]) - widen(x.at[j]));
+        other.take(y, [&](int j) { return widen(y.at[j]) - widen(x.at[j]); });
       }
     }
     own = block_merge(own, partial[0]);

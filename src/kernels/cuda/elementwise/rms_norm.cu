@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kernels/cuda/elementwise/elementwise.h"
-#include "kernels/cuda/elementwise/pack.cuh"
+#include "kernels/cuda/pack.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace sparsek::cuda {

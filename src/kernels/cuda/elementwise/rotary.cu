@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/elementwise/elementwise.h"
-#include "kernels/cuda/elementwise/pack.cuh"
+#include "kernels/cuda/pack.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace sparsek::cuda {
