@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "base/error.h"
+#include "base/saturate.h"
 #include "data/quote.h"
 
 namespace sparsek::train {
@@ -247,8 +248,12 @@ void check_config(const TrainConfig& config) {
   check_range("validation.every", config.validation.every, 0);
   check_range("validation.batches", config.validation.batches, 1);
   check_range("validation.from_position", config.validation.from_position, 0);
-  if (config.recurrent.chunk == 0 && config.validation.from_position >= config.data.seqlen) {
-    throw_field("validation.from_position", "expected less than data.seqlen {}, found {}", config.data.seqlen,
+  const bool is_recurrent = config.recurrent.chunk > 0;
+  const int64_t reach =
+      is_recurrent ? saturating_multiply(config.recurrent.chunk, config.validation.batches) : config.data.seqlen;
+  if (config.validation.from_position >= reach) {
+    throw_field("validation.from_position", "expected less than {} {}, found {}",
+                is_recurrent ? "recurrent.chunk times validation.batches," : "data.seqlen", reach,
                 config.validation.from_position);
   }
   check_range("checkpoint.every", config.checkpoint.every, 0);

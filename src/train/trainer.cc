@@ -282,7 +282,8 @@ class Run {
     return network.forward(ids, network.layout(ids.size(0), ids.size(1), batch.document_ends), nullptr);
   }
 
-  Evaluation validate() {
+  // Nothing where the batches hold no target.
+  std::optional<Evaluation> validate() {
     const at::NoGradGuard no_grad;
     const Network& network = session_.network;
     validation_->seek(validation_begin_);
@@ -299,14 +300,14 @@ class Run {
       hits += scores.hits.sum().item<int64_t>();
       targets += batch.num_targets;
     }
-    if (targets == 0 && config_.validation.from_position > 0) {
-      throw_data(
-          "validation: expected a target at position {} or later in {} batches, found none; lower "
-          "validation.from_position, or give more validation.batches",
-          config_.validation.from_position, config_.validation.batches);
+    if (targets == 0) {
+      observer_.notice(
+          fmt::format("validation: no target at position {} or later in {} batches, so nothing is measured",
+                      config_.validation.from_position, config_.validation.batches));
+      return std::nullopt;
     }
-    const auto count = static_cast<double>(std::max<int64_t>(targets, 1));
-    return {loss / count, static_cast<double>(hits) / count};
+    const auto count = static_cast<double>(targets);
+    return Evaluation{loss / count, static_cast<double>(hits) / count};
   }
 
   void save() {

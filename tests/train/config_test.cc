@@ -68,6 +68,10 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_EQ(problem(kRecall, {"data.seqlen=600"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"data.seqlen=600", "data.recall_repeats=2"}), HasSubstr("data.seqlen"));
   EXPECT_THAT(problem(kRecall, {"validation.from_position=8192"}), HasSubstr("less than data.seqlen 8192"));
+  const std::vector<std::string> chunks = {"recurrent.chunk=512", "validation.batches=8"};
+  EXPECT_THAT(problem(kRecall, {chunks[0], chunks[1], "validation.from_position=4096"}),
+              AllOf(HasSubstr("validation.from_position"), HasSubstr("4096")));
+  EXPECT_EQ(problem(kRecall, {chunks[0], chunks[1], "validation.from_position=4095"}), "no exception");
 }
 
 TEST(TrainConfig, TextGivesTheSameConfig) {
