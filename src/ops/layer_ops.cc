@@ -248,11 +248,15 @@ TORCH_LIBRARY_IMPL(sparsek, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(sparsek, CompositeExplicitAutograd, m) {
   m.impl("_cross_entropy_", cross_entropy_composite);
 }
+TORCH_LIBRARY_IMPL(sparsek, Autograd, m) {
+  // A gradient of what was written in place is an error and not silently missing.
+  m.impl("_cross_entropy_", torch::autograd::autogradNotImplementedFallback());
+}
 TORCH_LIBRARY_IMPL(sparsek, AutogradCUDA, m) {
   m.impl("_add_rms_norm", norm_autograd);
   m.impl("_split_rotary", rotary_autograd);
   m.impl("_swiglu", swiglu_autograd);
-  // A gradient through a gradient, or through what was written in place, is an error and not silently wrong.
+  // A gradient through a gradient is an error and not silently wrong.
   m.impl("_add_rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_split_rotary_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_swiglu_backward", torch::autograd::autogradNotImplementedFallback());

@@ -149,6 +149,22 @@ def test_cross_entropy(dtype: torch.dtype, vocab_size: int, has_teacher: bool) -
 
 
 @gpu
+@pytest.mark.parametrize("vocab_size", [2048, 2047])  # by eight elements, and one by one
+def test_cross_entropy_with_columns_that_are_out_of_the_question(vocab_size: int) -> None:
+    """-inf in all that some threads see: they add nothing."""
+    logits = half((20, vocab_size), torch.bfloat16, 1)
+    logits[:, 8:1032] = -torch.inf
+    targets = torch.arange(20) % 8
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    x = logits.to(DEVICE, torch.bfloat16)
+    losses, _ = ops._cross_entropy_(
+        x, targets.to(DEVICE), None, ignored=-100, next_token_weight=1.0, kl_weight=0.0, writes_gradient=True
+    )
+    assert_rows_close("losses", losses[:, None], expected[:, None], 1e-5)
+    assert x[:, 8:1032].abs().max() == 0 and x.isfinite().all()
+
+
+@gpu
 def test_the_same_bits_twice() -> None:
     x, weight = wide((1, 9000, 576), 1).float().to(DEVICE), wide((576,), 2).float().to(DEVICE)
 
@@ -243,3 +259,8 @@ def test_cross_entropy_on_the_cpu() -> None:
     kept = logits.detach().clone()
     ops._cross_entropy_(kept, targets, None, **{**options, "writes_gradient": False})
     assert torch.equal(kept, logits)
+    for wrong in (-1, 11):
+        with pytest.raises((IndexError, RuntimeError), match=f"{wrong}.*out of bounds"):
+            ops._cross_entropy_(kept, torch.full((6,), wrong), None, **options)
+    with pytest.raises(RuntimeError, match="_cross_entropy_ is not implemented"):
+        ops._cross_entropy_(logits * 1, targets, None, **options)[0].sum().backward()
