@@ -4,8 +4,8 @@
     python3 scripts/retrieval_text.py OUT --text FOLDER [--documents 48] [--seed 1]
 
 Paragraphs of FOLDER's .txt files (scripts/training_text.py makes them) with facts between them: a subject and a value that nothing else
-predicts. Each fact is told once and asked one to three times, 500 to 6,500 tokens later in the same words, so that the values can be
-predicted from the earlier place alone. At most 16 facts are pending at a time. The wording, the subjects and the values differ from those of `sparsek
+predicts. Each fact is told once and comes up again one to three times (fewer where the document ends), 500 to 6,500 tokens later in the same words,
+so that the values can be predicted from the earlier place alone. At most 16 facts are pending at a time. The wording, the subjects and the values differ from those of `sparsek
 needles` (no pass keys, no magic numbers), which measures. The same arguments give the same bytes.
 """
 import argparse
@@ -13,8 +13,8 @@ import pathlib
 import random
 import string
 
-BYTES = 72_000  # of a document: about 18K tokens
-DISTANCE = (2_000, 26_000)  # bytes between telling and asking
+LENGTH = 72_000  # characters of a document: about 18K tokens
+DISTANCE = (2_000, 26_000)  # characters between telling and asking
 PENDING = 16
 
 PLACES = ("north gate", "boiler room", "archive", "tea house", "third platform", "observatory", "map room", "lower dock", "green house",
@@ -72,7 +72,7 @@ def document(paragraphs, rng):
         parts.append(text)
         size += len(text) + 2
 
-    while size < BYTES:
+    while size < LENGTH:
         write(paragraphs[at % len(paragraphs)])
         at += 1
         for entry in [entry for entry in pending if entry["due"] <= size]:
@@ -80,7 +80,7 @@ def document(paragraphs, rng):
             entry["times"] -= 1
             entry["due"] = size + rng.randint(*DISTANCE)
         pending = [entry for entry in pending if entry["times"] > 0]
-        if len(pending) < PENDING and rng.random() < 0.5:
+        if size < LENGTH - DISTANCE[1] and len(pending) < PENDING and rng.random() < 0.5:  # later ones might never be asked
             subject, value = fact(rng)
             if subject not in subjects:
                 subjects.add(subject)
@@ -106,7 +106,7 @@ def main():
     for number in range(arguments.documents):
         text = document(paragraphs, random.Random(f"{arguments.seed}/{number}"))
         (arguments.out / f"retrieval-{number:04}.txt").write_text(text, encoding="utf-8")
-    print(f"{arguments.out}: {arguments.documents} documents of about {BYTES // 1000} kB")
+    print(f"{arguments.out}: {arguments.documents} documents of about {LENGTH // 1000} kB")
 
 
 if __name__ == "__main__":

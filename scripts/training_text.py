@@ -23,6 +23,7 @@ import html.parser
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -206,10 +207,16 @@ def unpack(package, folder):
     """(folder with the package's files, version)"""
     if not glob.glob(f"{folder}/{package}_*.deb"):
         subprocess.run(["apt-get", "download", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    archive = pathlib.Path(sorted(glob.glob(f"{folder}/{package}_*.deb"))[-1])
+    archives = [pathlib.Path(path) for path in glob.glob(f"{folder}/{package}_*.deb")]
+    if len(archives) != 1:
+        sys.exit(f"{folder}: expected one archive of {package}, found {sorted(path.name for path in archives)}; keep the one that is meant")
+    archive = archives[0]
     root = folder / archive.stem
     if not root.exists():
-        subprocess.run(["dpkg-deb", "-x", archive, root], check=True)
+        partial = root.with_name(root.name + ".partial")  # what an interrupted run leaves
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run(["dpkg-deb", "-x", archive, partial], check=True)
+        partial.rename(root)
     return root, subprocess.run(["dpkg-deb", "-f", archive, "Version"], check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -255,6 +262,14 @@ def chosen(made, limit):
     return [(name, text) for name, text in made if name in keep]
 
 
+def refuse_documents_of_another_run(out):
+    """They would stay among the new ones: the names of a run depend on its packages."""
+    for entry in SOURCES:
+        folder = out / (entry["held_out"] or f"train/{entry['kind']}")
+        if any(folder.glob("*.txt")):
+            sys.exit(f"{folder}: expected no documents yet, found some; remove the folder, or name another one")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=pathlib.Path)
@@ -262,6 +277,7 @@ def main():
     arguments = parser.parse_args()
     packages = arguments.packages or arguments.out / "packages"
     packages.mkdir(parents=True, exist_ok=True)
+    refuse_documents_of_another_run(arguments.out)
     seen, rows = set(), []
     for entry in SOURCES:
         folder = arguments.out / (entry["held_out"] or f"train/{entry['kind']}")

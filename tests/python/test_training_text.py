@@ -8,6 +8,8 @@ import subprocess
 import sys
 import zlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -64,6 +66,37 @@ def test_novels_are_read_from_the_package(tmp_path):
     assert list(training.novels("*.rdb")(tmp_path)) == [("Emma", "EMMA\n\nEmma Woodhouse, handsome"), ("Persuasion", "PERSUASION\nSir Walter")]
 
 
+def test_packages_are_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    """An interrupted unpacking is begun anew; which of two archives is meant is not guessed."""
+    (tmp_path / "doc_1.9_all.deb").write_bytes(b"")
+    interrupt = [True]
+
+    def run(command, **_):
+        if "-x" in command:
+            (command[-1] / "usr").mkdir(parents=True)
+            if interrupt.pop() if interrupt else False:
+                raise KeyboardInterrupt
+            (command[-1] / "usr/whole").write_text("")
+        return subprocess.CompletedProcess(command, 0, stdout="1.9\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        training.unpack("doc", tmp_path)
+    root, version = training.unpack("doc", tmp_path)
+    assert (root / "usr/whole").exists() and version == "1.9"
+    (tmp_path / "doc_1.10_all.deb").write_bytes(b"")
+    with pytest.raises(SystemExit, match="doc_1.10_all.deb"):
+        training.unpack("doc", tmp_path)
+
+
+def test_documents_of_another_run_are_not_mixed_in(tmp_path):
+    training.refuse_documents_of_another_run(tmp_path)
+    (tmp_path / "train/code").mkdir(parents=True)
+    (tmp_path / "train/code/old-0007.txt").write_text("")
+    with pytest.raises(SystemExit, match="train/code"):
+        training.refuse_documents_of_another_run(tmp_path)
+
+
 def test_facts_come_up_again_at_a_distance(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("\n\n".join(f"Paragraph {i}: " + "filler " * 60 for i in range(200)))
@@ -75,10 +108,12 @@ def test_facts_come_up_again_at_a_distance(tmp_path):
     for name in names:
         text = (tmp_path / "one" / name).read_text()
         assert text == (tmp_path / "two" / name).read_text()
-        facts = {}
+        facts, times = {}, {}
         for match in re.finditer(r"(?m)^(?!Paragraph).+$", text):
             distances += [match.start() - facts[match[0]]] if match[0] in facts else []
             facts[match[0]] = match.start()
+            times[match[0]] = times.get(match[0], 0) + 1
+        assert min(times.values()) >= 2  # none is told in vain
         values = [fact.split(" ")[-1] for fact in facts]
         assert len(facts) > 20 and len({fact.rpartition(" ")[0] for fact in facts}) > 0.9 * len(facts)
         assert len(set(values)) > len(values) // 2
