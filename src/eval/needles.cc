@@ -137,6 +137,10 @@ NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer
     std::vector<TokenId> ids = tokenizer.prefix();
     int64_t text_tokens = options.tokens - static_cast<int64_t>(ids.size());
     for (const Needle& needle : inside) text_tokens -= static_cast<int64_t>(needle.sentence.size());
+    if (text_tokens < 0) {
+      throw_field("tokens", "expected at least {} for {} needles as this tokenizer writes them, found {}",
+                  options.tokens - text_tokens, inside.size(), options.tokens);
+    }
     const int64_t spare = static_cast<int64_t>(haystack.size()) - text_tokens;
     const int64_t from = spare > 0 ? reading * options.tokens % (spare + 1) : 0;
     const std::span<const TokenId> text = haystack.subspan(from, text_tokens);
