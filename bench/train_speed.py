@@ -6,9 +6,9 @@ bench/results/h200/train_speed.json, or the file after --output. About 90 s on a
 import argparse
 import json
 import pathlib
-import subprocess
 
-import common
+from common import ROOT, save, sparsek
+from gpu import device
 
 # "sparsek": as the paper has it. "sparsek-all": with everything `sparsek train` turns on by itself (two-layer scorer,
 # delayed scores, far rotary, 4 sinks). "window": as many visible keys.
@@ -21,15 +21,9 @@ KINDS = {
 }
 
 
-def gpu() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def measure(program: pathlib.Path, kind: str, options: list[str], seqlens: str, recompute: bool) -> dict:
     flag = f"trainable.recompute={str(recompute).lower()}"
-    command = [program, "bench", "train", "--json", "--seqlen", seqlens, "run.device=cuda", flag, *KINDS[kind]]
-    found = json.loads(subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE).stdout)
+    found = sparsek("bench", "train", "--seqlen", seqlens, "run.device=cuda", flag, *KINDS[kind], *options, program=program)
     for row in found["results"]:
         said = f"{row['tokens_per_second']['median']:,.0f} tokens/s" if "error" not in row else row["error"][:80]
         print(f"{kind:>13} {row['seqlen']:>7} {row.get('backend', ''):>9}  {said}", flush=True)
@@ -46,20 +40,20 @@ def summary(runs: dict, seqlens: list[int]) -> dict:
     """SparseK's rate over that of dense attention's fastest backend, and over its own at the shortest length."""
     lines = {}
     for seqlen in seqlens:
-        sparsek, (dense, backend) = rate(runs, "sparsek", seqlen)[0], rate(runs, "dense", seqlen)
+        ours, (dense, backend) = rate(runs, "sparsek", seqlen)[0], rate(runs, "dense", seqlen)
         first = rate(runs, "sparsek", seqlens[0])[0]
         lines[seqlen] = {
-            "sparsek_over_dense": sparsek / dense if dense else None,
+            "sparsek_over_dense": ours / dense if dense else None,
             "dense_backend": backend,
-            "sparsek_over_its_shortest": sparsek / first if first else None,
+            "sparsek_over_its_shortest": ours / first if first else None,
         }
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=str(common.RESULTS / "h200/train_speed.json"))
-    parser.add_argument("--program", type=pathlib.Path, default=common.ROOT / "build/cuda/sparsek")
+    parser.add_argument("--output", help="a file other than bench/results/h200/train_speed.json")
+    parser.add_argument("--program", type=pathlib.Path, default=ROOT / "build/cuda/sparsek")
     parser.add_argument("--seqlen", default="16384,32768,65536,131072")
     parser.add_argument("--kinds", default="sparsek,dense", help="of " + ", ".join(KINDS))
     parser.add_argument("--recompute", action="store_true", help="layers are computed again in the backward pass")
@@ -69,11 +63,11 @@ def main() -> None:
     runs = {}
     for kind in kinds:
         runs[kind] = measure(arguments.program, kind, arguments.options, arguments.seqlen, arguments.recompute)
-    results = {"gpu": gpu(), "runs": runs}
+    results = {"device": device(), "runs": runs}
     if {"sparsek", "dense"} <= set(runs):
         results["summary"] = summary(runs, sorted(map(int, arguments.seqlen.split(","))))
         print(json.dumps(results["summary"], indent=1))
-    common.save("train_speed", "bench/train_speed.py", results, arguments.output)
+    save("h200/train_speed", "python bench/train_speed.py", results, arguments.output)
 
 
 if __name__ == "__main__":
