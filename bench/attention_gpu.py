@@ -311,7 +311,8 @@ def main():
                 results.append(row)
                 text = row.get("failed") or f"{row['forward']['median_ms']:8.3f} {row['forward_backward']['median_ms']:8.3f} ms"
                 print(f"{pair} T {seqlen:>7} {name:<26} {text}", flush=True)
-    save("h200/attention", "python bench/attention_gpu.py", {"device": device(), "results": results}, options.output)
+            # after each length, so that a run that is ended keeps what it measured
+            save("h200/attention", "python bench/attention_gpu.py", {"device": device(), "results": results}, options.output)
 
 
 if __name__ == "__main__":

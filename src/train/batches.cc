@@ -50,7 +50,11 @@ class Recall final : public BatchSource {
     };
     const int64_t pairs = options_.num_pairs, questions = options_.seqlen - 2 * pairs;
     for (int64_t t = 0; t < questions; ++t) ids[t] = below(options_.num_noise);
-    const std::vector<int64_t> keys = shuffled(options_.num_keys), asked = shuffled(pairs);
+    const std::vector<int64_t> keys = shuffled(options_.num_keys);
+    std::vector<int64_t> asked = shuffled(pairs);
+    if (options_.split == Split::kTrain) {
+      for (int64_t& pair : asked) pair = below(pairs);
+    }
     // Pairs at even positions of the first part, no two at the same one.
     const int64_t num_places = (questions - options_.gap) / 2, reach = std::max<int64_t>(options_.reach / 2, 1);
     std::vector<uint8_t> is_taken(num_places, 0);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "train/token_loss.h"
 
@@ -25,9 +26,13 @@ constexpr RecallOptions kOptions{.batch = 3,
                                  .seed = 4,
                                  .split = Split::kTrain};
 
-TEST(Recall, AsksEachPairOnce) {
-  const auto source = make_recall(kOptions);
+// Validation asks each pair once, training any pair at any time.
+void expect_questions(Split split) {
+  RecallOptions options = kOptions;
+  options.split = split;
+  const auto source = make_recall(options);
   EXPECT_EQ(source->vocab_size(), 21);
+  int64_t num_asked = 0;  // different ones
   for (int batch_index = 0; batch_index < 5; ++batch_index) {
     const Batch batch = source->next();
     EXPECT_EQ(batch.num_targets, 18);
@@ -46,16 +51,27 @@ TEST(Recall, AsksEachPairOnce) {
         ++t;
       }
       ASSERT_EQ(values.size(), 6u);
+      std::set<int64_t> asked;
       for (int64_t t = questions; t < 96; t += 2) {
         ASSERT_EQ(values.count(ids[t]), 1u);
         EXPECT_EQ(targets[t], values.at(ids[t]));
         EXPECT_EQ(ids[t + 1], targets[t]);
         EXPECT_EQ(targets[t + 1], kIgnored);
-        values.erase(ids[t]);
+        num_asked += asked.insert(ids[t]).second ? 1 : 0;
       }
     }
   }
+  if (split == Split::kValidation) {
+    EXPECT_EQ(num_asked, 5 * 3 * 6);
+  } else {
+    EXPECT_LT(num_asked, 5 * 3 * 6 * 9 / 10);
+    EXPECT_GT(num_asked, 5 * 3 * 6 / 3);
+  }
 }
+
+TEST(Recall, ValidationAsksEachPairOnce) { expect_questions(Split::kValidation); }
+
+TEST(Recall, TrainingAsksPairsAtRandom) { expect_questions(Split::kTrain); }
 
 TEST(Recall, BySeedSplitAndPosition) {
   const auto a = make_recall(kOptions), b = make_recall(kOptions);
