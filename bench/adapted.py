@@ -37,7 +37,7 @@ def kinds(options):
     return {
         "dense": ["--attention", "dense"],
         "window": ["--attention", "window", "--sinks", 4, "--window", options.keys - 4],
-        "untrained": ["--attention", "sparsek", *(["--topk", 124, "--window", 896] if options.keys == 1024 else
+        "untrained": ["--attention", "sparsek", "--scorer", "window_mass", *(["--topk", 124, "--window", 896] if options.keys == 1024 else
                                                   ["--topk", options.keys // 2, "--window", options.keys - options.keys // 2 - 4])],
         "adapter": ["--attention", "sparsek", "--scorer", options.adapter],
     }

@@ -19,4 +19,4 @@ def attempt(what, *arguments):
 
 def device():
     driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return {"name": torch.cuda.get_device_name(), "driver": driver.stdout.strip(), "cuda": torch.version.cuda, "torch": torch.__version__}
+    return {"name": torch.cuda.get_device_name(), "driver": driver.stdout.split("\n")[0].strip(), "cuda": torch.version.cuda, "torch": torch.__version__}

@@ -1,5 +1,5 @@
-"""Loss of SmolLM2-135M without any training: SparseK, window and sinks of the same 1,024 keys, and dense, on texts of
-several kinds. Also the same target tokens after 8K and after 16K of context.
+"""Loss of SmolLM2-135M on texts of several kinds: SparseK with the adapter that comes with it and without any training,
+window and sinks of the same 1,024 keys, and dense. Also the same target tokens after 8K and after 16K of context.
 
     python bench/quality.py            8K of every text, positions 1,536 and later -> bench/results/quality_smollm2.json
     python bench/quality.py --sweep    splits of 1,024 keys between selection and window -> ..._sweep.json
@@ -27,17 +27,18 @@ def compare():
             "kind": kind,
             "dense": loss(path, "--attention", "dense"),
             "window": loss(path, "--attention", "window"),
-            "window_mass": loss(path, "--attention", "sparsek"),
+            "adapter": loss(path, "--attention", "sparsek"),
+            "window_mass": loss(path, "--attention", "sparsek", "--scorer", "window_mass"),
             "key_norm": loss(path, "--attention", "sparsek", "--scorer", "key_norm"),
         }
         row = rows[name]
-        print(f"{name:<14} dense {row['dense']:.4f}  window {row['window']:.4f}  window_mass {row['window_mass']:.4f}  "
-              f"key_norm {row['key_norm']:.4f}", flush=True)
-    mean = {key: statistics.mean(row[key] for row in rows.values()) for key in ("dense", "window", "window_mass", "key_norm")}
+        print(f"{name:<14} dense {row['dense']:.4f}  window {row['window']:.4f}  adapter {row['adapter']:.4f}  "
+              f"window_mass {row['window_mass']:.4f}  key_norm {row['key_norm']:.4f}", flush=True)
+    mean = {key: statistics.mean(row[key] for row in rows.values()) for key in ("dense", "window", "adapter", "window_mass", "key_norm")}
     print("mean          ", mean)
-    worst = max(row["window_mass"] - row["window"] for row in rows.values())
+    worst = {key: max(row[key] - row["window"] for row in rows.values()) for key in ("adapter", "window_mass")}
     save("quality_smollm2", "python bench/quality.py",
-         {"tokens": LENGTH, "from_position": FROM, "texts": rows, "mean": mean, "worst_window_mass_minus_window": worst})
+         {"tokens": LENGTH, "from_position": FROM, "texts": rows, "mean": mean, "worst_minus_window": worst})
 
 
 def sweep():
@@ -45,7 +46,7 @@ def sweep():
     rows = {}
     for topk in (64, 124, 252, 380, 508):
         window = KEYS - SINKS - topk
-        losses = {name: loss(path, "--attention", "sparsek", "--topk", topk, "--window", window)
+        losses = {name: loss(path, "--attention", "sparsek", "--scorer", "window_mass", "--topk", topk, "--window", window)
                   for name, (_, path) in made.items()}
         rows[f"{topk}/{window}/{SINKS}"] = {"mean": statistics.mean(losses.values()), "texts": losses}
         print(f"topk {topk} window {window}: {statistics.mean(losses.values()):.4f}", flush=True)
@@ -73,11 +74,14 @@ def context():
     """The same 2,048 target tokens of each text, after 8,192 and after 16,384 tokens of it; dense, which is slow and breaks
     down on every text alike, on three of them."""
     targets, rows = 2048, {}
+    kinds = {"sparsek": ["--scorer", "window_mass"], "adapter": [], "window": ["--attention", "window"], "dense": ["--attention", "dense"]}
     for name, (kind, path) in texts.prepare().items():
         row = {}
-        for attention in ("sparsek", "window", *(["dense"] if len(rows) < 3 else [])):
+        for attention, flags in kinds.items():
+            if attention == "dense" and len(rows) >= 3:
+                continue
             for before in (8192, 16384):
-                result = sparsek("perplexity", path, "--model", "smollm2", "--attention", attention,
+                result = sparsek("perplexity", path, "--model", "smollm2", *flags,
                                  "--skip-tokens", 16384 - before, "--max-tokens", before + targets)
                 if result["tokens"] < before + targets:
                     break

@@ -41,11 +41,11 @@ int64_t parse_position(const std::string& text, const char* where);
 
 // Key-value recall across the window, without end, by seed: pairs of a key and its value lie in noise; at the end of a
 // row as many keys are asked, and their values, the next tokens, are the only targets. `gap` noise tokens at least
-// stand between pairs and questions. Validation asks each key once. Training draws a key for each question: if each came
-// once, naming a value that has not been said yet would be right so often that the look-up is learned late or never.
-// Practice: each pair is told num_repeats times more (less often where there is no room), at most `reach` tokens behind
-// the first time, and there its value is a target too, in the training part alone: what is asked across the gap is
-// learned nearby first, where any attention finds it.
+// stand between pairs and questions. Validation asks each key once. Training draws a key for each question: if each
+// came once, naming a value that has not been said yet would be right so often that the look-up is learned late or
+// never. Practice: each pair is told num_repeats times more (less often where there is no room), at most `reach` tokens
+// behind the first time, and there its value is a target too, in the training part alone: what is asked across the gap
+// is learned nearby first, where any attention finds it.
 struct RecallOptions {
   int64_t batch, seqlen, num_pairs, num_keys, num_values, num_noise, num_repeats, reach, gap, seed;
   Split split;

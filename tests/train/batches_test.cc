@@ -69,9 +69,13 @@ void expect_questions(Split split) {
   }
 }
 
-TEST(Recall, ValidationAsksEachPairOnce) { expect_questions(Split::kValidation); }
+TEST(Recall, ValidationAsksEachPairOnce) {
+  expect_questions(Split::kValidation);
+}
 
-TEST(Recall, TrainingAsksPairsAtRandom) { expect_questions(Split::kTrain); }
+TEST(Recall, TrainingAsksPairsAtRandom) {
+  expect_questions(Split::kTrain);
+}
 
 TEST(Recall, BySeedSplitAndPosition) {
   const auto a = make_recall(kOptions), b = make_recall(kOptions);
