@@ -42,9 +42,10 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
   add_count(command, "--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
   command.add_option("--gate", flags.gate,
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");
-  command.add_option("--scorer", flags.scorer,
-                     "window_mass, key_norm, or an adapter file (default: the adapter that comes with smollm2, else "
-                     "window_mass)");
+  command.add_option(
+      "--scorer", flags.scorer,
+      "window_mass, key_norm, or an adapter file (default: adapter.safetensors in the model's folder, or "
+      "the one that comes with smollm2; else window_mass)");
   add_number(command, "--slope", config.attention.slope,
              fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
                          model::kWindowMassSlope, model::kKeyNormSlope));

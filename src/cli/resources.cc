@@ -80,10 +80,13 @@ std::string resolve_model(const std::string& model) {
 }
 
 std::string adapter_of(const std::string& model) {
-  if (model != "smollm2") return {};
+  std::error_code error;
+  if (model != "smollm2") {
+    const fs::path own = fs::path(model) / "adapter.safetensors";
+    return !model.empty() && fs::exists(own, error) ? own.string() : "";
+  }
   const fs::path name = fs::path("adapters") / "smollm2-135m.safetensors";
   for (const fs::path& folder : installation_folders()) {
-    std::error_code error;
     if (fs::exists(folder / name, error)) return (folder / name).string();
   }
   std::fprintf(stderr,

@@ -12,8 +12,9 @@ int64_t peak_rss_bytes();
 // for in $VIRTUAL_ENV, ./.venv and the .venv beside the build. Throws UsageError saying where it looked.
 std::string resolve_model(const std::string& model);
 
-// The adapter that comes with a model: adapters/smollm2-135m.safetensors for "smollm2", looked for in the working
-// folder, the program's and those above that. Empty for other models; where there is none, a line on stderr says so.
+// The adapter that comes with a model: adapter.safetensors in its folder, as `sparsek train` writes both; for "smollm2"
+// adapters/smollm2-135m.safetensors in the working folder, the program's or one above that, and a line on stderr where
+// it is in none of them. Empty: there is none.
 std::string adapter_of(const std::string& model);
 
 }  // namespace sparsek::cli

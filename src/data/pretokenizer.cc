@@ -69,11 +69,16 @@ std::optional<PretokenizerKind> pretokenizer_from_gguf(std::string_view name) {
   return std::nullopt;
 }
 
+std::string split_pattern(PretokenizerKind kind) {
+  const std::string numbers = kind == PretokenizerKind::kLlama3 ? "\\p{N}{1,3}" : "\\p{N}";
+  return "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" + numbers +
+         "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+}
+
 std::optional<PretokenizerKind> pretokenizer_from_pattern(std::string_view pattern) {
-  constexpr std::string_view kContractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|";
-  constexpr std::string_view kTail = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-  if (pattern == std::string(kContractions) + "\\p{N}{1,3}" + std::string(kTail)) return PretokenizerKind::kLlama3;
-  if (pattern == std::string(kContractions) + "\\p{N}" + std::string(kTail)) return PretokenizerKind::kQwen2;
+  for (const auto kind : {PretokenizerKind::kLlama3, PretokenizerKind::kQwen2}) {
+    if (pattern == split_pattern(kind)) return kind;
+  }
   return std::nullopt;
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 
 namespace sparsek {
@@ -13,8 +14,10 @@ enum class PretokenizerKind { kGpt2, kSmolLm, kLlama3, kQwen2 };
 const char* name(PretokenizerKind kind);
 // The kind that GGUF calls tokenizer.ggml.pre.
 std::optional<PretokenizerKind> pretokenizer_from_gguf(std::string_view name);
-// The kind whose `Split` pattern in a tokenizer.json this is.
+// The kind whose `Split` pattern in a tokenizer.json this is, and its inverse (of kLlama3 and kQwen2, the kinds that
+// have one).
 std::optional<PretokenizerKind> pretokenizer_from_pattern(std::string_view pattern);
+std::string split_pattern(PretokenizerKind kind);
 
 // Whether more text may follow the text at hand.
 enum class TextEnd { kMayGrow, kFinal };

@@ -8,6 +8,10 @@
 #include <nlohmann/json.hpp>
 
 #include "base/atomic_file.h"
+#include "base/error.h"
+#include "base/mapped_file.h"
+#include "data/gguf.h"
+#include "data/tokenizer_files.h"
 #include "model/adapter.h"
 #include "train/tensor_file.h"
 
@@ -126,6 +130,26 @@ void export_adapter(const Network& network, const TrainConfig& config, const std
   model::save_adapter(path, adapter, network.config());
 }
 
+void export_tokenizer(const std::string& base, const std::string& folder) {
+  namespace fs = std::filesystem;
+  if (!fs::is_directory(base)) {
+    const TokenizerFiles files = huggingface_files(Tokenizer::from_gguf(GgufFile(base)));
+    write_file_atomically(folder + "/tokenizer.json", files.tokenizer);
+    write_file_atomically(folder + "/tokenizer_config.json", files.tokenizer_config);
+    write_file_atomically(folder + "/generation_config.json", files.generation_config);
+    return;
+  }
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                           "generation_config.json"}) {
+    const std::string path = base + "/" + name;
+    if (!fs::exists(path)) continue;
+    const MappedFile file(path);
+    write_file_atomically(folder + "/" + name,
+                          {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()});
+  }
+  if (!fs::exists(folder + "/tokenizer.json")) throw_data("{}: expected tokenizer.json there, found none", base);
+}
+
 void export_card(const Network& network, const TrainConfig& config, const CardFacts& facts, const std::string& path) {
   const model::ModelConfig& model = network.config();
   model::AttentionConfig attention = attention_config(config);
@@ -153,6 +177,7 @@ void export_card(const Network& network, const TrainConfig& config, const CardFa
     line("validation", fmt::format("loss {:.4f} nats a token, next token right {:.2f} %", facts.validation->loss,
                                    100 * facts.validation->accuracy));
   }
+  if (!facts.tokenizer.empty()) line("tokenizer", facts.tokenizer);
   text += "\nThe configuration is config.toml beside this folder.\n";
   write_file_atomically(path, text);
 }

@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "base/atomic_file.h"
+#include "base/folder_lock.h"
 #include "data/quote.h"
 #include "data/weight_view.h"
 #include "train/batches.h"
@@ -194,6 +195,7 @@ class Run {
  private:
   // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.
   void begin(const Resume& resume) {
+    lock_.emplace(config_.run.folder);
     const std::vector<int64_t> saved = folder_.steps();
     if (!resume.checkpoint.empty()) {
       load(load_checkpoint(resume.checkpoint));
@@ -207,9 +209,6 @@ class Run {
     } else if (resume.newest) {
       observer_.notice("nothing to resume: starting at step 0");
     }
-    std::error_code error;
-    std::filesystem::create_directories(config_.run.folder, error);
-    if (error) throw WriteError(fmt::format("{}: cannot create it: {}", config_.run.folder, error.message()));
     write_file_atomically(config_.run.folder + "/config.toml", config_text(config_));
     metrics_.emplace(config_.run.folder + "/metrics.jsonl", step_);
   }
@@ -315,8 +314,10 @@ class Run {
                             {"tokens", tokens_},
                             {"skipped", skipped_},
                             {"applied", optimiser_.num_applied()},
+                            {"loss", last_loss_},
                             {"data", train_->position()},
                             {"config", config_text(config_)}};
+    if (last_validation_) state["validation"] = {last_validation_->loss, last_validation_->accuracy};
     NamedTensors tensors = optimiser_.tensors();
     if (config_.recurrent.chunk > 0) {
       carried_.save("carried", tensors, state);
@@ -351,6 +352,13 @@ class Run {
       skipped_ = checkpoint.state.at("skipped").get<int64_t>();
       optimiser_.set_num_applied(checkpoint.state.at("applied").get<int64_t>());
       train_->seek(checkpoint.state.at("data").get<std::string>());
+      // What a run that is finished already says of itself. A checkpoint of an earlier program has neither.
+      if (const auto loss = checkpoint.state.find("loss"); loss != checkpoint.state.end() && loss->is_number()) {
+        last_loss_ = loss->get<double>();
+      }
+      if (const auto found = checkpoint.state.find("validation"); found != checkpoint.state.end()) {
+        last_validation_ = Evaluation{found->at(0).get<double>(), found->at(1).get<double>()};
+      }
       if (config_.recurrent.chunk > 0) {
         carried_.load("carried", checkpoint, config_.data.batch);
         if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint, config_.data.batch);
@@ -389,17 +397,36 @@ class Run {
             .exported = {}};
   }
 
+  // A line for the model's card. A base whose tokenizer cannot be read is no reason to lose what was trained.
+  std::string tokenizer_into(const std::string& folder) const {
+    if (config_.model.base.empty()) return "none, as there is no base: put the tokenizer.json of the shards here";
+    try {
+      export_tokenizer(config_.model.base, folder);
+      return "the base's";
+    } catch (const DataError& error) {
+      return fmt::format("none: {}", error.what());
+    }
+  }
+
   std::string export_all() const {
     const std::string folder = config_.run.folder + "/model";
     std::error_code error;
     std::filesystem::create_directories(folder, error);
     if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
-    if (config_.trainable.part != "scorer") export_huggingface(session_.network, folder);
+    std::string tokenizer;
+    if (config_.trainable.part != "scorer") {
+      export_huggingface(session_.network, folder);
+      tokenizer = tokenizer_into(folder);
+    }
     if (config_.attention.kind == "sparsek") {
       export_adapter(session_.network, config_, folder + "/adapter.safetensors");
     }
     export_card(session_.network, config_,
-                {.steps = step_, .tokens = tokens_, .skipped_steps = skipped_, .validation = last_validation_},
+                {.steps = step_,
+                 .tokens = tokens_,
+                 .skipped_steps = skipped_,
+                 .validation = last_validation_,
+                 .tokenizer = tokenizer},
                 folder + "/README.md");
     return folder;
   }
@@ -419,6 +446,7 @@ class Run {
   bool was_applied_ = false, was_resumed_ = false;
   double last_loss_ = 0, tokens_per_second_ = 0, seconds_per_step_ = 0;
   std::optional<Evaluation> last_validation_;
+  std::optional<FolderLock> lock_;
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 //   data_tool encode SOURCE [parse] [chunk N]   text -> ids, little-endian int32
 //   data_tool decode SOURCE                     ids -> text; goes through TextStream
 //   data_tool info SOURCE                       one line each: vocab_size, prefix, end_ids, missing_bytes
+//   data_tool folder SOURCE FOLDER              the tokenizer as Hugging Face has it, and its fingerprint
 //   data_tool template SOURCE                   "role\0content\0..." -> rendered text
 //   data_tool time SOURCE REPEATS               load time and MB/s of encoding standard input
 //   data_tool tensors FILE                      "name<TAB>type<TAB>shape" for each tensor
@@ -26,6 +27,7 @@
 #include "data/gguf.h"
 #include "data/hf_checkpoint.h"
 #include "data/tokenizer.h"
+#include "data/tokenizer_files.h"
 
 namespace sparsek {
 namespace {
@@ -82,6 +84,14 @@ void info(const Tokenizer& tokenizer) {
   std::cout << "\nmissing_bytes";
   for (const uint8_t byte : tokenizer.missing_bytes()) std::cout << ' ' << int{byte};
   std::cout << '\n';
+}
+
+void write_folder(const Tokenizer& tokenizer, const std::string& folder) {
+  const TokenizerFiles files = huggingface_files(tokenizer);
+  std::ofstream(folder + "/tokenizer.json", std::ios::binary) << files.tokenizer;
+  std::ofstream(folder + "/tokenizer_config.json", std::ios::binary) << files.tokenizer_config;
+  std::ofstream(folder + "/generation_config.json", std::ios::binary) << files.generation_config;
+  std::cout << tokenizer.fingerprint() << '\n';
 }
 
 void render_template(const Tokenizer& tokenizer, const std::string& source) {
@@ -144,6 +154,8 @@ int run(const std::vector<std::string>& args) {
     decode(load_tokenizer(source));
   } else if (command == "info") {
     info(load_tokenizer(source));
+  } else if (command == "folder") {
+    write_folder(load_tokenizer(source), arg(2));
   } else if (command == "template") {
     render_template(load_tokenizer(source), source);
   } else if (command == "time") {

@@ -223,6 +223,35 @@ def test_bos_from_the_template(pair):
     assert prefix.split()[1:] == (["0"] if has_template else [])
 
 
+def written(path, folder):
+    """The tokenizer as data_tool writes it for Hugging Face: (tokenizers' reading of it, its path); its fingerprint is checked."""
+    fingerprint = data_tool("folder", path, folder).stdout
+    again = folder / "again"
+    again.mkdir()
+    assert data_tool("folder", folder / "tokenizer.json", again).stdout == fingerprint
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), folder / "tokenizer.json"
+
+
+def test_what_is_written_gives_the_same_ids(pair, tmp_path, mixed_text):
+    tokenizer, path = pair
+    again, _ = written(path, tmp_path)
+    text = mixed_text[-500_000:]
+    assert again.encode(text).ids == tokenizer.encode(text).ids  # BOS of a template included
+    assert again.get_vocab() == tokenizer.get_vocab()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert again.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_what_is_written_of_a_gguf_file(smollm2, tmp_path, mixed_text):
+    tokenizer, path = smollm2
+    again, _ = written(path, tmp_path)
+    assert again.encode(mixed_text).ids == tokenizer.encode(mixed_text).ids
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert config["eos_token"] == again.id_to_token(ends[0]) and "<|im_end|>" in map(again.id_to_token, ends)
+    assert "<|im_start|>" in config["chat_template"]
+
+
 def changed(path, tmp_path, edit):
     data = json.loads(path.read_text())
     edit(data)

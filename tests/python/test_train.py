@@ -164,3 +164,27 @@ def test_adapted_scorers_are_read_by_the_other_commands(tmp_path):
     assert result.returncode == 0, result.stderr
     read = json.loads(result.stdout)
     assert "topk 16 window 40" in read["attention"] and read["loss"] < 8
+
+
+def test_a_trained_model_reads_text_by_its_folder(tmp_path):
+    """A base's tokenizer goes along, the adapter is found beside the weights, and transformers opens the folder."""
+    transformers = pytest.importorskip("transformers")
+    text = tmp_path / "text.txt"
+    text.write_text(program.TEXT * 30)
+    shards = tmp_path / "shards"
+    assert program.run("tokenize", text, "--model", "smollm2", "--out", shards).returncode == 0
+    trained = program.run("train", "model.base=smollm2", "trainable.part=lora", f"data.train={shards}", f"data.validation={shards}", "data.seqlen=48",
+                          "run.steps=1", "run.dtype=f32", "validation.batches=1", "attention.topk=20", "attention.window_size=24", "scorer.hidden=8",
+                          f"run.folder={tmp_path / 'run'}")
+    assert trained.returncode == 0, trained.stderr.decode()
+    model = tmp_path / "run/model"
+    assert "- tokenizer: the base's" in (model / "README.md").read_text()
+    found = json.loads(program.run("perplexity", text, "--model", model, "--max-tokens", 300, "--json").stdout)
+    assert found["attention"] == f"sparsek topk 20 window 24 sinks 4 gate soft scorer {model}/adapter.safetensors far-distance 48"
+    base = json.loads(program.run("perplexity", text, "--model", "smollm2", "--max-tokens", 300, "--json", "--scorer", model / "adapter.safetensors").stdout)
+    assert found["tokens"] == base["tokens"] == 300 and abs(found["loss"] - base["loss"]) < 0.5  # one step away
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    begin = program.run("inspect", shards, "--model", "smollm2", "--document", 0).stdout.decode()
+    assert tokenizer.decode(tokenizer(program.TEXT)["input_ids"]) == program.TEXT and program.TEXT[:20] in begin
+    assert tokenizer.eos_token in ("<|im_end|>", "<|endoftext|>")
+    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

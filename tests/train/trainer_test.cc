@@ -14,6 +14,7 @@
 #include <fstream>
 
 #include "base/error.h"
+#include "base/folder_lock.h"
 #include "model/transformer.h"
 #include "tests/model/tiny_model.h"
 #include "train/batches.h"
@@ -139,6 +140,35 @@ TEST(Trainer, RefusesWhatWouldBeLost) {
               AllOf(HasSubstr("step 6"), HasSubstr("--resume")));
   // A finished run resumes to its own end.
   EXPECT_TRUE(train(config, {.newest = true}, {}).is_complete);
+}
+
+TEST(Trainer, OneRunAFolder) {
+  const TemporaryFolder folder;
+  const TrainConfig config = tiny_config(folder.file("run"));
+  {
+    const FolderLock other(folder.file("run"));
+    EXPECT_THAT(message_of<DataError>([&] { train(config, {}, {}); }),
+                AllOf(HasSubstr("run: "), HasSubstr("another run")));
+  }
+  EXPECT_TRUE(train(config, {}, {}).is_complete);
+}
+
+TEST(Trainer, FinishedRunSaysWhatItMeasured) {
+  const TemporaryFolder folder;
+  const TrainConfig config = tiny_config(folder.file("run"));
+  const auto card = [&] {
+    std::ifstream file(folder.file("run/model/README.md"));
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  const TrainResult whole = train(config, {}, {});
+  const std::string said = card();
+  EXPECT_THAT(said, HasSubstr("validation: loss "));
+  const TrainResult again = train(config, {.newest = true}, {});
+  EXPECT_TRUE(again.is_complete);
+  EXPECT_EQ(whole.loss, again.loss);
+  ASSERT_TRUE(again.validation.has_value());
+  EXPECT_EQ(whole.validation->loss, again.validation->loss);
+  EXPECT_EQ(said, card());
 }
 
 TEST(Trainer, OtherModelsCheckpoint) {

@@ -1,12 +1,6 @@
 #include "data/corpus/job_folder.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <system_error>
 
@@ -83,15 +77,9 @@ ordered_json read_ordered(const std::string& path) {
 
 JobFolder::JobFolder(std::string path, ordered_json job)
     : path_(std::move(path)), progress_path_(path_ + "/progress"), job_(std::move(job)) {
-  std::error_code error;
   if (path_.empty()) throw_data("expected the path of a folder to write, found an empty path");
-  fs::create_directories(path_, error);
-  if (error) throw WriteError(fmt::format("{}: cannot create the folder: {}", path_, error.message()));
-  lock_ = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (lock_ < 0) throw_data("{}: cannot open the folder: {}", path_, std::strerror(errno));
+  lock_.emplace(path_);
   try {
-    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0)
-      throw_data("{}: another run is writing there; wait for it, or end it", path_);
     const std::string manifest = path_ + "/" + kManifestName, begun = progress_path_ + "/job.json";
     if (fs::exists(manifest)) {
       const ordered_json found = read_ordered(manifest);
@@ -125,16 +113,8 @@ JobFolder::JobFolder(std::string path, ordered_json job)
     write_file_atomically(begun, dump(job_, 1));
     sync_folder(path_);
   } catch (const fs::filesystem_error& problem) {
-    ::close(lock_);
     throw WriteError(fmt::format("{}: cannot use the folder: {}", path_, problem.code().message()));
-  } catch (...) {
-    ::close(lock_);
-    throw;
   }
-}
-
-JobFolder::~JobFolder() {
-  ::close(lock_);
 }
 
 void JobFolder::check_job(const ordered_json& found) const {

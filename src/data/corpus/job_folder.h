@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "base/folder_lock.h"
 #include "data/corpus/document_reader.h"
 #include "data/corpus/inputs.h"
 #include "data/corpus/tokenize.h"
@@ -38,9 +39,6 @@ class JobFolder {
   // `job` is compared with that of an earlier run. Throws DataError saying what differs, or that the folder holds
   // something else, or is in use.
   JobFolder(std::string path, nlohmann::ordered_json job);
-  ~JobFolder();
-  JobFolder(const JobFolder&) = delete;
-  JobFolder& operator=(const JobFolder&) = delete;
 
   bool is_complete() const { return is_complete_; }
   TokenizeTotals complete_totals() const;  // from the manifest
@@ -59,7 +57,7 @@ class JobFolder {
 
   std::string path_, progress_path_;
   nlohmann::ordered_json job_;
-  int lock_ = -1;
+  std::optional<FolderLock> lock_;
   bool is_complete_ = false;
 };
 
