@@ -1,7 +1,7 @@
 """What an adapter makes of a model, beside its dense attention, window and sinks of as many keys, and SparseK without training:
 loss on held-out text, the same targets after 8K and 64K of context, and needles by depth (docs/adapting.md).
 
-    python bench/adapted.py --text build/text --adapter run/scorer/model/adapter.safetensors [--device cuda] [--program build/cuda/sparsek]
+    python3 bench/adapted.py --text build/text --adapter run/scorer/model/adapter.safetensors [--device cuda] [--program build/cuda/sparsek]
 
 --text is what scripts/training_text.py writes; `manuals` and `other` in it were held out. -> bench/results/adapted_NAME.json
 """
@@ -11,7 +11,7 @@ import statistics
 import tempfile
 
 import common
-from common import loss_from, save
+from common import loss_from
 
 LENGTH, FROM = 8192, 1536
 TARGETS, LONG = 2048, 65536
@@ -34,11 +34,11 @@ def arguments():
 
 def kinds(options):
     """Options of each kind of attention that is compared."""
+    topk = 124 if options.keys == 1024 else options.keys // 2  # 124: the program's own split of 1,024 untrained keys
     return {
         "dense": ["--attention", "dense"],
         "window": ["--attention", "window", "--sinks", 4, "--window", options.keys - 4],
-        "untrained": ["--attention", "sparsek", "--scorer", "window_mass", *(["--topk", 124, "--window", 896] if options.keys == 1024 else
-                                                  ["--topk", options.keys // 2, "--window", options.keys - options.keys // 2 - 4])],
+        "untrained": ["--attention", "sparsek", "--scorer", "window_mass", "--topk", topk, "--window", options.keys - topk - 4],
         "adapter": ["--attention", "sparsek", "--scorer", options.adapter],
     }
 
@@ -53,7 +53,7 @@ class Program:
         return common.sparsek(command, path, *self.shared, *more, program=self.program)
 
 
-def losses(program, options):
+def losses(program, options, keep):
     rows = {}
     for path in [*sorted((options.text / "manuals").glob("*.txt")), *sorted((options.text / "other").glob("*.txt"))]:
         row = {}
@@ -63,6 +63,7 @@ def losses(program, options):
                 row[name] = loss_from(result, FROM)
         if row:
             rows[f"{path.parent.name}/{path.stem}"] = row
+            keep({"tokens": LENGTH, "from_position": FROM, "texts": rows})
             print(path.stem, {name: round(value, 4) for name, value in row.items()}, flush=True)
     means = {part: {name: statistics.mean(row[name] for key, row in rows.items() if key.startswith(part)) for name in kinds(options)}
              for part in ("manuals", "other")}
@@ -83,7 +84,7 @@ def long_texts(options, folder):
             yield name, path
 
 
-def context(program, options):
+def context(program, options, keep):
     """The same 2,048 target tokens after 8K and after 64K of context; dense, whose positions end at 8K, is not asked."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,12 +96,13 @@ def context(program, options):
                                      "--max-tokens", before + TARGETS)
                     row[f"{kind} after {before}"] = loss_from(result, before)
             rows[name] = row
+            keep({"targets": TARGETS, "texts": rows})
             print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
     return {"targets": TARGETS, "texts": rows,
             "mean": {key: statistics.mean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
 
 
-def needles(program, options):
+def needles(program, options, keep):
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         text = pathlib.Path(folder) / "haystack.txt"
@@ -113,17 +115,25 @@ def needles(program, options):
                     result = program("needles", text, *flags, "--task", task, "--tokens", tokens, "--samples", options.samples)
                     key = f"{task} {tokens} {kind}"
                     found[key] = {"accuracy": result["accuracy"], "depths": result["depths"]}
+                    keep({"samples": options.samples, "found": found})
                     print(f"{key:<26} {result['accuracy']:.3f}  by depth", [depth["right"] for depth in result["depths"]], flush=True)
     return {"samples": options.samples, "found": found}
+
+
+PARTS = {"loss": losses, "context": context, "needles": needles}
 
 
 def main():
     options = arguments()
     program = Program(options)
     results = {"device": options.device, "adapter": options.adapter, "keys": options.keys}
-    for part in options.parts.split(","):
-        results[part] = {"loss": losses, "context": context, "needles": needles}[part](program, options)
-        save(f"adapted_{options.name}", "python bench/adapted.py", results, options.output)  # also when a later part is ended
+
+    def keep(part, value):
+        results[part] = value
+        common.save(f"adapted_{options.name}", "python3 bench/adapted.py", results, options.output, quiet=True)
+
+    for part in options.parts.split(","):  # each says what it has as it goes: a run that is ended keeps it
+        keep(part, PARTS[part](program, options, lambda value, part=part: keep(part, value)))
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ def sparsek(*arguments, program=PROGRAM):
     return json.loads(result.stdout)
 
 
-def save(name, command, results, output=None):
+def save(name, command, results, output=None, quiet=False):
     """Writes bench/results/NAME.json, or the file `output`."""
     path = pathlib.Path(output) if output else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "environment": environment(), **results}, indent=1) + "\n")
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def loss_from(result, begin):

@@ -1,7 +1,7 @@
 """What training runs measured, as one result file: of each run its configuration (what differs from the defaults), validation
 by step, tokens/s and peak memory.
 
-    python bench/learning.py NAME RUN_FOLDER... [--device "NVIDIA H200"]     -> bench/results/NAME.json
+    python3 bench/learning.py NAME RUN_FOLDER... [--device "NVIDIA H200"] [--note TEXT]     -> bench/results/NAME.json
 """
 import argparse
 import json
@@ -25,8 +25,10 @@ def defaults(program):
 def run(folder, usual):
     config = flat(tomllib.loads((folder / "config.toml").read_text()))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not rows:
+        raise SystemExit(f"{folder}: expected metrics of a run, found an empty metrics.jsonl")
     validations = [row for row in rows if "validation_loss" in row]
-    # A row's rate counts what was validated since the row before, which no step is slow for.
+    # Of a row that validated, the rate has the validation's time in it.
     rates = [row["tokens_per_second"] for row in rows if "validation_loss" not in row and "tokens_per_second" in row]
     return {
         "config": {key: value for key, value in config.items() if value != usual.get(key) and key != "run.folder"},
@@ -47,6 +49,9 @@ def main():
     parser.add_argument("--note", default="", help="what a reader has to know, e.g. runs that shared the device")
     parser.add_argument("--program", type=pathlib.Path, default=common.PROGRAM)
     options = parser.parse_args()
+    names = [folder.name for folder in options.folders]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"expected folders of different names, found {names}")
     usual = defaults(options.program)
     runs = {folder.name: run(folder, usual) for folder in options.folders}
     command = "sparsek train, one run a folder; collected by bench/learning.py (environment: of the machine that collected)"

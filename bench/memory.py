@@ -18,7 +18,7 @@ def text():
 
 
 def formula(layers=30, num_kv_heads=3, head_dim=64, topk=124, window=896, sinks=4, element_bytes=2):
-    """docs/math.md section 6, one batch row, far rotary, delayed scores."""
+    """docs/math.md section 6, one batch row, far rotary, delayed scores: window_mass and its budget."""
     pool = max(4 * topk, 1024)
     per_head = (head_dim * element_bytes * (2 * (sinks + window + topk) + window)
                 + 12 * topk + 4 * pool + 4 * window + 4 * window + 24)
@@ -28,7 +28,9 @@ def formula(layers=30, num_kv_heads=3, head_dim=64, topk=124, window=896, sinks=
 def main():
     runs = {}
     for length in LENGTHS:
-        result = sparsek("perplexity", text(), "--model", "smollm2", "--attention", "sparsek", "--max-tokens", length)
+        result = sparsek("perplexity", text(), "--model", "smollm2", "--scorer", "window_mass", "--max-tokens", length)
+        if result["state_bytes"] != formula():
+            raise RuntimeError(f"expected a state of {formula():,} bytes, found {result['state_bytes']:,}")
         runs[length] = {key: result[key] for key in ("tokens", "loss", "state_bytes", "peak_rss_bytes")}
         print(length, runs[length], flush=True)
     short, long = (runs[length] for length in LENGTHS)

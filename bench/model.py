@@ -46,13 +46,13 @@ def main():
     with_peers = "--peers" in sys.argv[1:]
     rounds = []
     for _ in range(3 if with_peers else 1):  # ours, theirs, ours, theirs ...: the machine's speed drifts
-        ours = sparsek("bench", "model", "--model", "smollm2", "--context", "8000")
+        ours = sparsek("bench", "model", "--model", "smollm2", "--scorer", "window_mass", "--context", "8000")
         entry = {"sparsek": {**ours["results"][0], "peak_rss_bytes": ours["peak_rss_bytes"]}}
         if with_peers:
             entry["llama.cpp"] = peers()
         print(json.dumps(entry), flush=True)
         rounds.append(entry)
-    lengths = sparsek("bench", "model", "--model", "smollm2", "--context", ",".join(map(str, CONTEXTS)), "--decode-tokens", "256")
+    lengths = sparsek("bench", "model", "--model", "smollm2", "--scorer", "window_mass", "--context", ",".join(map(str, CONTEXTS)), "--decode-tokens", "256")
     for row in lengths["results"]:
         print(row, flush=True)
     save("model_cpu", "python bench/model.py" + (" --peers" if with_peers else ""), {"at_8000": rounds, "by_context": lengths})

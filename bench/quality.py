@@ -10,10 +10,11 @@ import statistics
 import sys
 
 import texts
-from common import loss_from, save, sparsek
+from common import ROOT, loss_from, save, sparsek
 
 LENGTH, FROM = 8192, 1536
 KEYS, SINKS = 1024, 4
+ADAPTER = ROOT / "adapters/smollm2-135m.safetensors"
 
 
 def loss(path, *options):
@@ -27,7 +28,7 @@ def compare():
             "kind": kind,
             "dense": loss(path, "--attention", "dense"),
             "window": loss(path, "--attention", "window"),
-            "adapter": loss(path, "--attention", "sparsek"),
+            "adapter": loss(path, "--attention", "sparsek", "--scorer", ADAPTER),
             "window_mass": loss(path, "--attention", "sparsek", "--scorer", "window_mass"),
             "key_norm": loss(path, "--attention", "sparsek", "--scorer", "key_norm"),
         }
@@ -61,7 +62,7 @@ def slopes():
     for read, (tokens, begin, tried) in reads.items():
         long_enough = {name: path for name, (_, path) in made.items() if path.stat().st_size > 5 * tokens or tokens == LENGTH}
         rows = {}
-        for label, options in [("window", ["--attention", "window"])] + [(f"slope {x:g}", ["--slope", x]) for x in tried]:
+        for label, options in [("window", ["--attention", "window"])] + [(f"slope {x:g}", ["--scorer", "window_mass", "--slope", x]) for x in tried]:
             losses = {name: loss_from(sparsek("perplexity", path, "--model", "smollm2", "--max-tokens", tokens, *options), begin)
                       for name, path in long_enough.items()}
             rows[label] = {"mean": statistics.mean(losses.values()), "texts": losses}
@@ -74,7 +75,7 @@ def context():
     """The same 2,048 target tokens of each text, after 8,192 and after 16,384 tokens of it; dense, which is slow and breaks
     down on every text alike, on three of them."""
     targets, rows = 2048, {}
-    kinds = {"sparsek": ["--scorer", "window_mass"], "adapter": [], "window": ["--attention", "window"], "dense": ["--attention", "dense"]}
+    kinds = {"sparsek": ["--scorer", "window_mass"], "adapter": ["--scorer", ADAPTER], "window": ["--attention", "window"], "dense": ["--attention", "dense"]}
     for name, (kind, path) in texts.prepare().items():
         row = {}
         for attention, flags in kinds.items():

@@ -11,8 +11,9 @@
 namespace sparsek::cli {
 
 struct ModelConfig {
-  std::string model;  // a path, or "smollm2"
-  model::AttentionRequest attention;
+  std::string model;                       // a path, or "smollm2"
+  model::AttentionRequest attention;       // but for its scorer: attention_request (source.h)
+  std::optional<std::string> scorer;       // window_mass, key_norm or an adapter's path, where one was asked for
   std::string dtype = "bf16";              // bf16, f32
   std::string device = "cpu";              // cpu, cuda, cuda:N
   std::optional<int64_t> chunk_size = {};  // tokens computed at once while reading; default: tokens_at_once (source.h)

@@ -51,10 +51,11 @@ int run_inspect(const InspectConfig& config) {
   const auto types = count_types(path);
   const at::ScalarType dtype = parse_dtype(config.model.dtype);
   std::vector<std::string> notices;
-  model::AttentionConfig attention = model::resolve(config.model.attention, nullptr, nullptr);
+  const model::AttentionRequest request = attention_request(config.model);
+  model::AttentionConfig attention = model::resolve(request, nullptr, nullptr);
   if (!attention.adapter_path.empty()) {
     const model::Adapter adapter = model::load_adapter(attention.adapter_path, model);
-    attention = model::resolve(config.model.attention, &adapter.attention, &notices);
+    attention = model::resolve(request, &adapter.attention, &notices);
   }
   for (const std::string& notice : notices) fmt::print(stderr, "sparsek: {}\n", notice);
   model::AttentionRequest dense_request;

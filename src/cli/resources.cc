@@ -28,10 +28,10 @@ std::string model_in(const fs::path& environment) {
   return {};
 }
 
-// Where what came with the program may lie: the working folder, the program's and those above that.
+// Where what came with the program may lie: its folder and those above that.
 std::vector<fs::path> installation_folders() {
   std::error_code error;
-  std::vector<fs::path> folders = {fs::current_path(error)};
+  std::vector<fs::path> folders;
   for (fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path(); folder.has_relative_path();
        folder = folder.parent_path()) {
     folders.push_back(folder);
@@ -67,6 +67,7 @@ std::string resolve_model(const std::string& model) {
     }
   };
   if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr) add(active);
+  add(fs::current_path(error) / ".venv");
   for (const fs::path& folder : installation_folders()) add(folder / ".venv");
   std::string looked;
   for (const fs::path& environment : environments) {
@@ -83,14 +84,16 @@ std::string adapter_of(const std::string& model) {
   std::error_code error;
   if (model != "smollm2") {
     const fs::path own = fs::path(model) / "adapter.safetensors";
-    return !model.empty() && fs::exists(own, error) ? own.string() : "";
+    return !model.empty() && fs::is_regular_file(own, error) ? own.string() : "";
   }
   const fs::path name = fs::path("adapters") / "smollm2-135m.safetensors";
-  for (const fs::path& folder : installation_folders()) {
-    if (fs::exists(folder / name, error)) return (folder / name).string();
+  std::vector<fs::path> folders = installation_folders();
+  folders.push_back(fs::current_path(error));
+  for (const fs::path& folder : folders) {
+    if (fs::is_regular_file(folder / name, error)) return (folder / name).string();
   }
   std::fprintf(stderr,
-               "sparsek: %s lies neither here nor beside the program: keys are scored by window_mass, untrained\n",
+               "sparsek: %s lies neither beside the program nor here: keys are scored by window_mass, untrained\n",
                name.c_str());
   return {};
 }

@@ -13,8 +13,8 @@ int64_t peak_rss_bytes();
 std::string resolve_model(const std::string& model);
 
 // The adapter that comes with a model: adapter.safetensors in its folder, as `sparsek train` writes both; for "smollm2"
-// adapters/smollm2-135m.safetensors in the working folder, the program's or one above that, and a line on stderr where
-// it is in none of them. Empty: there is none.
+// adapters/smollm2-135m.safetensors in the program's folder, one above that, or the working folder, and a line on
+// stderr where it is in none of them. Empty: there is none.
 std::string adapter_of(const std::string& model);
 
 }  // namespace sparsek::cli

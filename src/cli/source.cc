@@ -57,13 +57,23 @@ int64_t tokens_at_once(const ModelConfig& config) {
   return is_sparsek && config.device != "cpu" ? kDefaultOnGpu : kDefault;
 }
 
+model::AttentionRequest attention_request(const ModelConfig& config) {
+  model::AttentionRequest request = config.attention;
+  if (config.scorer) {
+    request.scorer = *config.scorer;
+  } else if (request.kind == model::AttentionKind::kSparsek && !request.slope) {
+    if (const std::string adapter = adapter_of(config.model); !adapter.empty()) request.scorer = adapter;
+  }
+  return request;
+}
+
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,
                               std::optional<int64_t> expected_tokens, int64_t documents) {
   set_threads(config.threads);
   model::Transformer model =
       model::Transformer::load({.path = model_path,
                                 .random_weights = config.random_weights,
-                                .attention = config.attention,
+                                .attention = attention_request(config),
                                 .placement = {.dtype = parse_dtype(config.dtype), .device = open_device(config.device)},
                                 .chunk_size = tokens_at_once(config),
                                 .expected_tokens = expected_tokens,

@@ -16,6 +16,9 @@ namespace sparsek::cli {
 Tokenizer open_tokenizer(const std::string& model_path);
 // What --model names where only its tokenizer is wanted; a tokenizer.json serves too.
 Tokenizer open_tokenizer_file(const std::string& model);
+// What the configuration asks for, with the scorer it names; else the adapter that comes with the model, else
+// window_mass. A slope is an untrained scorer's, so that one alone asks for window_mass.
+model::AttentionRequest attention_request(const ModelConfig& config);
 // Sets the number of threads, loads the model, prints its notices to stderr. expected_tokens: what the run will read
 // and write in all, where that is known; documents: how many states it will hold at a time.
 model::Transformer open_model(const ModelConfig& config, const std::string& model_path,

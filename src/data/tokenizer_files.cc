@@ -22,13 +22,10 @@ Json pre_tokenizer(PretokenizerKind kind) {
   if (kind == PretokenizerKind::kGpt2) return byte_level(true);
   Json first = {{"type", "Digits"}, {"individual_digits", true}};
   if (kind != PretokenizerKind::kSmolLm) {
-    first = {{"type", "Split"},
-             {"pattern", {{"Regex", split_pattern(kind)}}},
-             {"behavior", "Isolated"},
-             {"invert", false}};
+    first = {
+        {"type", "Split"}, {"pattern", {{"Regex", split_pattern(kind)}}}, {"behavior", "Isolated"}, {"invert", false}};
   }
-  return {{"type", "Sequence"},
-          {"pretokenizers", Json::array({first, byte_level(kind == PretokenizerKind::kSmolLm)})}};
+  return {{"type", "Sequence"}, {"pretokenizers", Json::array({first, byte_level(kind == PretokenizerKind::kSmolLm)})}};
 }
 
 // Puts BOS before a text, and before each of two.
@@ -46,7 +43,8 @@ Json bpe_model(const TokenizerTables& tables) {
   const auto num_tokens = static_cast<TokenId>(tables.offsets.size()) - 1;
   std::vector<std::string> texts(static_cast<size_t>(num_tokens));  // by id, as the vocabulary spells them
   for (TokenId id = 0; id < num_tokens; ++id) {
-    for (const char byte : tables.token_bytes(id)) texts[static_cast<size_t>(id)] += alphabet.text(static_cast<uint8_t>(byte));
+    for (const char byte : tables.token_bytes(id))
+      texts[static_cast<size_t>(id)] += alphabet.text(static_cast<uint8_t>(byte));
   }
   for (const TokenizerTables::FixedToken& token : tables.fixed) texts[static_cast<size_t>(token.id)] = token.text;
   Json vocab = Json::object(), merges = Json::array();
@@ -57,7 +55,8 @@ Json bpe_model(const TokenizerTables& tables) {
     if (!text.empty() && seen.insert(text).second) entries.emplace_back(text, id);
   }
   const auto text_of = [&](TokenId id) { return texts[static_cast<size_t>(id)]; };
-  for (const Bpe::Merge& merge : tables.bpe.merges()) merges.push_back(text_of(merge.left) + " " + text_of(merge.right));
+  for (const Bpe::Merge& merge : tables.bpe.merges())
+    merges.push_back(text_of(merge.left) + " " + text_of(merge.right));
   const auto unknown = tables.bpe.unknown();
   return {{"type", "BPE"},
           {"dropout", nullptr},
@@ -93,15 +92,16 @@ TokenizerFiles huggingface_files(const Tokenizer& tokenizer) {
   }
   const auto text_of = [&](TokenId id) { return std::string(tables.token_bytes(id)); };
   const bool has_prefix = !tokenizer.prefix().empty();
-  const Json root = {{"version", "1.0"},
-                     {"truncation", nullptr},
-                     {"padding", nullptr},
-                     {"added_tokens", added},
-                     {"normalizer", tables.has_nfc ? Json{{"type", "NFC"}} : Json()},
-                     {"pre_tokenizer", pre_tokenizer(tables.pretokenizer.kind())},
-                     {"post_processor", has_prefix ? bos_template(text_of(*tables.bos), *tables.bos) : byte_level(true)},
-                     {"decoder", byte_level(true)},
-                     {"model", bpe_model(tables)}};
+  const Json root = {
+      {"version", "1.0"},
+      {"truncation", nullptr},
+      {"padding", nullptr},
+      {"added_tokens", added},
+      {"normalizer", tables.has_nfc ? Json{{"type", "NFC"}} : Json()},
+      {"pre_tokenizer", pre_tokenizer(tables.pretokenizer.kind())},
+      {"post_processor", has_prefix ? bos_template(text_of(*tables.bos), *tables.bos) : byte_level(true)},
+      {"decoder", byte_level(true)},
+      {"model", bpe_model(tables)}};
 
   Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
                  {"add_bos_token", has_prefix},

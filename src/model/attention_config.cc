@@ -1,5 +1,7 @@
 #include "model/attention_config.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "data/quote.h"
 
@@ -124,10 +126,17 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   config.num_sinks =
       in_range("num_sinks", choose("num_sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0,
                kMaxKeys);
+  // Far keys stay beyond the window's: an adapter's distance grows with a budget that is larger than the adapter's.
   const int64_t visible = config.num_sinks + config.topk + config.window_size;
-  config.far_distance = in_range(
-      "far_distance", choose("far_distance", request.far_distance, proposed.far_distance, visible, number, notices), 0,
-      kMaxDistance);
+  std::optional<int64_t> far_distance = proposed.far_distance;
+  if (far_distance && *far_distance > 0) far_distance = std::max(*far_distance, visible);
+  if (far_distance != proposed.far_distance && !request.far_distance && notices != nullptr) {
+    notices->push_back(fmt::format("far_distance {} instead of the adapter's {}, which fewer keys are visible with",
+                                   visible, *proposed.far_distance));
+  }
+  config.far_distance =
+      in_range("far_distance", choose("far_distance", request.far_distance, far_distance, visible, number, notices), 0,
+               kMaxDistance);
   return config;
 }
 

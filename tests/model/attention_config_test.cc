@@ -83,6 +83,26 @@ TEST(AttentionConfig, AdapterProposesAndTheUserOverrides) {
   EXPECT_THAT(notices, ElementsAre("window_size 60 overrides the adapter's 50"));
 }
 
+TEST(AttentionConfig, FarKeysStayBeyondALargerWindow) {
+  AttentionDefaults adapter;
+  adapter.topk = 100;
+  adapter.window_size = 50;
+  adapter.num_sinks = 2;
+  adapter.far_distance = 152;
+  const auto distance = [&](AttentionRequest request, std::vector<std::string>* notices = nullptr) {
+    request.scorer = "a.safetensors";
+    return resolve(request, &adapter, notices).far_distance;
+  };
+  EXPECT_EQ(distance({}), 152);
+  EXPECT_EQ(distance({.window_size = 20}), 152);  // what the adapter was trained with
+  std::vector<std::string> notices;
+  EXPECT_EQ(distance({.window_size = 4096}, &notices), 4198);
+  ASSERT_EQ(notices.size(), 2u);
+  EXPECT_THAT(notices[1], AllOf(HasSubstr("far_distance 4198"), HasSubstr("152")));
+  EXPECT_EQ(distance({.window_size = 4096, .far_distance = 700}), 700);
+  EXPECT_EQ(distance({.window_size = 4096, .far_distance = 0}), 0);
+}
+
 TEST(AttentionConfig, ParsesItsOwnNames) {
   for (AttentionKind kind : {AttentionKind::kDense, AttentionKind::kWindow, AttentionKind::kSparsek}) {
     EXPECT_EQ(parse_attention_kind(name(kind)), kind);
