@@ -147,23 +147,35 @@ void add_adapt(CLI::App& app, AdaptArguments& arguments) {
   command.add_option("--model", arguments.model, "GGUF file, Hugging Face folder, or smollm2")->required();
   command.add_option("--data", arguments.data, "folder of token shards (sparsek tokenize)");
   command.add_option("--train", arguments.part, "scorer (default: the base stays as it is), lora or full");
-  command.add_option("--loss", arguments.loss, "next-token (default), kl (to the dense model's own logits) or both");
-  command.add_option("--out", arguments.out, "folder of the run (default: adapt-PART)");
+  command.add_option(
+      "--loss", arguments.loss,
+      "kl (to the dense model's own logits; default where scorers alone are learned), next-token or both");
+  command.add_option("--out", arguments.out, "folder of the run (default: adapt-PART in the working folder)");
   command.add_option("--config", arguments.train.config, "TOML file to begin with, as `sparsek train` reads it");
   command.add_option("overrides", arguments.train.overrides, "key=value, as attention.topk=128");
   add_common(command, arguments.train);
 }
+
+// Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that
+// says of its texts.
+const std::vector<std::string> kRecipe = {
+    "attention.topk=508", "attention.window_size=512", "scorer.hidden=64",          "scorer.delayed=false",
+    "scorer.slope=1",     "optimiser.scorer_lr=1e-3",  "optimiser.warmup_steps=20", "optimiser.weight_decay=0",
+    "warm_start.steps=60"};
 
 int run_adapt(const AdaptArguments& arguments) {
   const bool has_file = !arguments.train.config.empty();  // whose keys stay where no option is given
   const auto given_or = [&](const std::string& given, const char* otherwise) {
     return given.empty() && !has_file ? otherwise : given;
   };
-  const std::string part = given_or(arguments.part, "scorer"), loss = given_or(arguments.loss, "next-token");
+  const std::string part = given_or(arguments.part, "scorer");
+  const std::string loss = given_or(arguments.loss, part == "scorer" ? "kl" : "next-token");
   if (!loss.empty() && loss != "next-token" && loss != "kl" && loss != "both") {
     throw_usage("--loss: expected next-token, kl or both, found {}", in_quotes(loss));
   }
-  std::vector<std::string> overrides = {"model.base=" + arguments.model};
+  std::vector<std::string> overrides;
+  if (!has_file) overrides = kRecipe;
+  overrides.push_back("model.base=" + arguments.model);
   if (!part.empty()) overrides.push_back("trainable.part=" + part);
   if (!loss.empty()) {
     overrides.push_back(fmt::format("loss.next_token={}", loss == "kl" ? 0 : 1));
