@@ -124,6 +124,10 @@ void add_needles(CLI::App& app, NeedlesConfig& config, AttentionFlags& flags) {
   add_count(command, "--depths", config.depths, "places in the text, evenly spaced");
   add_count(command, "--samples", config.samples, "questions for each depth");
   add_seed(command, "--seed", config.seed, "of words and numbers");
+  command.footer(
+      "Examples:\n"
+      "  sparsek needles book.txt --model smollm2 --tokens 8192 --samples 10\n"
+      "  sparsek needles book.txt --model smollm2 --task passkey --attention dense");
   command.add_flag("--json", config.json, "one JSON object instead of a table");
 }
 

@@ -132,6 +132,11 @@ void add_train(CLI::App& app, TrainArguments& arguments) {
   command.add_option("config", arguments.config, "TOML file (--print-config shows every key)");
   command.add_option("overrides", arguments.overrides, "key=value, as optimiser.lr=1e-3");
   add_common(command, arguments);
+  command.footer(
+      "Examples:\n"
+      "  sparsek train examples/train/recall.toml\n"
+      "  sparsek train examples/train/recall.toml run.folder=run/dense attention.kind=dense\n"
+      "  sparsek train examples/train/recall.toml --resume");
 }
 
 int run_train(const TrainArguments& arguments) {
@@ -152,8 +157,15 @@ void add_adapt(CLI::App& app, AdaptArguments& arguments) {
       "kl (to the dense model's own logits; default where scorers alone are learned), next-token or both");
   command.add_option("--out", arguments.out, "folder of the run (default: adapt-PART in the working folder)");
   command.add_option("--config", arguments.train.config, "TOML file to begin with, as `sparsek train` reads it");
-  command.add_option("overrides", arguments.train.overrides, "key=value, as attention.topk=128");
+  command.add_option("overrides", arguments.train.overrides,
+                     "key=value, as attention.topk=128 or, for a GPU, run.device=cuda");
   add_common(command, arguments.train);
+  command.footer(
+      "Examples:\n"
+      "  sparsek adapt --model smollm2 --data shards\n"
+      "  sparsek adapt --model smollm2 --data shards --train lora "
+      "scorer.adapter=adapt-scorer/model/adapter.safetensors\n"
+      "  sparsek adapt --model smollm2 --data shards data.validation=held-out run.device=cuda loss.rows=8192");
 }
 
 // Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that

@@ -155,6 +155,19 @@ def test_adapt_takes_what_is_not_an_option_from_its_file(tmp_path):
     assert tomllib.loads(program.run("train", path, "--print-config").stdout.decode())["data"]["task"] == "recall"
 
 
+def test_examples_of_the_help_texts(tmp_path):
+    """Each is understood as it stands: --print-config ends it there."""
+    seen = 0
+    for name in ("train", "adapt"):
+        lines = program.run(name, "--help").stdout.decode().split("Examples:")[1].splitlines()
+        for words in (line.split() for line in lines if line.strip().startswith("sparsek ")):
+            assert words[1] == name
+            result = subprocess.run([str(program.PROGRAM), *words[1:], "--print-config"], cwd=program.ROOT, capture_output=True)
+            assert result.returncode == 0 and tomllib.loads(result.stdout.decode())["run"]["steps"] > 0, result.stderr
+            seen += 1
+    assert seen == 6
+
+
 def test_adapted_scorers_are_read_by_the_other_commands(tmp_path):
     data, text = shards(tmp_path)
     run = tmp_path / "run"
