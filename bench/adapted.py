@@ -55,6 +55,7 @@ class Program:
 
 def losses(program, options, keep):
     rows = {}
+    found = {"tokens": LENGTH, "from_position": FROM, "texts": rows}
     for path in [*sorted((options.text / "manuals").glob("*.txt")), *sorted((options.text / "other").glob("*.txt"))]:
         row = {}
         for name, flags in kinds(options).items():
@@ -63,12 +64,12 @@ def losses(program, options, keep):
                 row[name] = loss_from(result, FROM)
         if row:
             rows[f"{path.parent.name}/{path.stem}"] = row
-            keep({"tokens": LENGTH, "from_position": FROM, "texts": rows})
+            keep(found)
             print(path.stem, {name: round(value, 4) for name, value in row.items()}, flush=True)
     means = {part: {name: statistics.mean(row[name] for key, row in rows.items() if key.startswith(part)) for name in kinds(options)}
              for part in ("manuals", "other")}
     print("means", means)
-    return {"tokens": LENGTH, "from_position": FROM, "texts": rows, "mean": means}
+    return found | {"mean": means}
 
 
 def long_texts(options, folder):
@@ -87,6 +88,7 @@ def long_texts(options, folder):
 def context(program, options, keep):
     """The same 2,048 target tokens after 8K and after 64K of context; dense, whose positions end at 8K, is not asked."""
     rows = {}
+    found = {"targets": TARGETS, "texts": rows}
     with tempfile.TemporaryDirectory() as folder:
         for name, path in long_texts(options, folder):
             row = {}
@@ -96,14 +98,14 @@ def context(program, options, keep):
                                      "--max-tokens", before + TARGETS)
                     row[f"{kind} after {before}"] = loss_from(result, before)
             rows[name] = row
-            keep({"targets": TARGETS, "texts": rows})
+            keep(found)
             print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
-    return {"targets": TARGETS, "texts": rows,
-            "mean": {key: statistics.mean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
+    return found | {"mean": {key: statistics.mean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
 
 
 def needles(program, options, keep):
-    found = {}
+    rows = {}
+    found = {"samples": options.samples, "found": rows}
     with tempfile.TemporaryDirectory() as folder:
         text = pathlib.Path(folder) / "haystack.txt"
         text.write_text("\n\n".join(path.read_text() for path in sorted((options.text / "other").glob("essays-*.txt"))))
@@ -114,10 +116,10 @@ def needles(program, options, keep):
                         continue  # beyond its positions
                     result = program("needles", text, *flags, "--task", task, "--tokens", tokens, "--samples", options.samples)
                     key = f"{task} {tokens} {kind}"
-                    found[key] = {"accuracy": result["accuracy"], "depths": result["depths"]}
-                    keep({"samples": options.samples, "found": found})
+                    rows[key] = {"accuracy": result["accuracy"], "depths": result["depths"]}
+                    keep(found)
                     print(f"{key:<26} {result['accuracy']:.3f}  by depth", [depth["right"] for depth in result["depths"]], flush=True)
-    return {"samples": options.samples, "found": found}
+    return found
 
 
 PARTS = {"loss": losses, "context": context, "needles": needles}

@@ -1,5 +1,5 @@
 """Training steps of SmolLM2-135M's shape on one GPU: SparseK attention beside torch's fastest dense attention. Writes
-bench/results/h200/train_speed.json, or the file after --output. About 90 s on an H200.
+bench/results/h200/train_speed.json, or the file after --output. About 50 s on an H200.
 
     python3 bench/train_speed.py [--output FILE] [--seqlen 16384,32768,65536,131072] [--program build/cuda/sparsek]
 """

@@ -125,6 +125,13 @@ void add_common(CLI::App& command, TrainArguments& arguments) {
   command.add_option("--checkpoint", arguments.checkpoint, "go on after this checkpoint's folder");
 }
 
+// Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that
+// says of its texts.
+const std::vector<std::string> kRecipe = {
+    "attention.topk=508", "attention.window_size=512", "scorer.hidden=64",          "scorer.delayed=false",
+    "scorer.slope=1",     "optimiser.scorer_lr=1e-3",  "optimiser.warmup_steps=20", "optimiser.weight_decay=0",
+    "warm_start.steps=60"};
+
 }  // namespace
 
 void add_train(CLI::App& app, TrainArguments& arguments) {
@@ -167,13 +174,6 @@ void add_adapt(CLI::App& app, AdaptArguments& arguments) {
       "scorer.adapter=adapt-scorer/model/adapter.safetensors\n"
       "  sparsek adapt --model smollm2 --data shards data.validation=held-out run.device=cuda loss.rows=8192");
 }
-
-// Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that
-// says of its texts.
-const std::vector<std::string> kRecipe = {
-    "attention.topk=508", "attention.window_size=512", "scorer.hidden=64",          "scorer.delayed=false",
-    "scorer.slope=1",     "optimiser.scorer_lr=1e-3",  "optimiser.warmup_steps=20", "optimiser.weight_decay=0",
-    "warm_start.steps=60"};
 
 int run_adapt(const AdaptArguments& arguments) {
   const bool has_file = !arguments.train.config.empty();  // whose keys stay where no option is given

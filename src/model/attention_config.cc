@@ -131,8 +131,9 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   std::optional<int64_t> far_distance = proposed.far_distance;
   if (far_distance && *far_distance > 0) far_distance = std::max(*far_distance, visible);
   if (far_distance != proposed.far_distance && !request.far_distance && notices != nullptr) {
-    notices->push_back(fmt::format("far_distance {} instead of the adapter's {}, which fewer keys are visible with",
-                                   visible, *proposed.far_distance));
+    notices->push_back(
+        fmt::format("far_distance {} instead of the adapter's {}: more keys are visible than it was made for", visible,
+                    *proposed.far_distance));
   }
   config.far_distance =
       in_range("far_distance", choose("far_distance", request.far_distance, far_distance, visible, number, notices), 0,

@@ -57,12 +57,18 @@ nlohmann::ordered_json config_json(const model::ModelConfig& config, const char*
 
 }  // namespace
 
+void check_exportable(const model::ModelConfig& model, const std::string& path) {
+  if (model.rope.frequency_divisors.empty()) return;
+  throw_data(
+      "{}: expected a model that can be written as a Hugging Face folder, found one with rope_freqs (a GGUF file of "
+      "Llama 3.1 or later); give its Hugging Face folder, or trainable.part=scorer",
+      path);
+}
+
 void export_huggingface(const Network& network, const std::string& folder) {
   const at::NoGradGuard no_grad;
   const model::ModelConfig& config = network.config();
-  if (!config.rope.frequency_divisors.empty()) {
-    throw_data("{}: a model with rope_freqs cannot be written as a Hugging Face folder", folder);
-  }
+  check_exportable(config, folder);
   const at::ScalarType dtype = network.options().dtype == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
   NamedTensors tensors;
   const auto add = [&](const std::string& name, const at::Tensor& tensor) {

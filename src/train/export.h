@@ -10,6 +10,8 @@
 
 namespace sparsek::train {
 
+// Throws DataError for a model, read from `path`, that export_huggingface could not write: asked before it is trained.
+void check_exportable(const model::ModelConfig& model, const std::string& path);
 // config.json and model.safetensors in `folder`, LoRA merged; bf16 for networks that compute in bf16, else float32.
 void export_huggingface(const Network& network, const std::string& folder);
 // The scorers with the attention they were trained for (model/adapter.h). Sparsek networks only.

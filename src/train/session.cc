@@ -88,12 +88,6 @@ Sizes scheduled_sizes(const TrainConfig& config, int64_t step) {
 Session open_session(const TrainConfig& config) {
   const bool has_base = !config.model.base.empty();
   const model::ModelConfig model = has_base ? model::read_model_config(config.model.base) : model_config(config.model);
-  if (!model.rope.frequency_divisors.empty() && config.trainable.part != "scorer") {
-    throw_data(
-        "{}: expected a model that can be written as a Hugging Face folder, found one with rope_freqs (a GGUF file of "
-        "Llama 3.1 or later); give its Hugging Face folder, or trainable.part=scorer",
-        config.model.base);
-  }
   const Parameters base =
       has_base ? base_parameters(config.model.base) : random_parameters(model, config.model, config.run.seed);
   Parameters parameters = base;

@@ -132,6 +132,7 @@ class Run {
         folder_(config.run.folder + "/checkpoints"),
         carried_(session_.network) {
     if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
+    if (exports_model()) check_exportable(session_.network.config(), config.model.base);
     const int64_t vocab_size = session_.network.config().vocab_size;
     const auto check_vocabulary = [&](const char* what, const BatchSource& source) {
       if (source.vocab_size() <= vocab_size) return;
@@ -193,6 +194,9 @@ class Run {
   }
 
  private:
+  // Where scorers alone are learned the base stays what it was.
+  bool exports_model() const { return config_.trainable.part != "scorer"; }
+
   // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.
   void begin(const Resume& resume) {
     lock_.emplace(config_.run.folder);
@@ -414,7 +418,7 @@ class Run {
     std::filesystem::create_directories(folder, error);
     if (error) throw WriteError(fmt::format("{}: cannot create it: {}", folder, error.message()));
     std::string tokenizer;
-    if (config_.trainable.part != "scorer") {
+    if (exports_model()) {
       export_huggingface(session_.network, folder);
       tokenizer = tokenizer_into(folder);
     }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from program import fails, run
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -292,6 +293,19 @@ def test_tiny_checkpoints(tool, tmp_path, family):
         for chunk, steps, more in [(300, 0, {}), (37, 20, {}), (37, 20, dict(plain=1))]:
             _, logits = run_tool(tool, tmp_path / source, ids, tmp_path, dtype="f32", chunk=chunk, steps=steps, **more)
             assert max_difference(logits, wanted) <= 1e-4, (source, chunk, steps, more)
+
+
+def test_what_could_not_be_written_is_not_trained(tmp_path):
+    """A GGUF file's rope_freqs have no place in a config.json: said before the first step, and only where the model is written."""
+    base = tmp_path / "llama-3.gguf"
+    write_gguf(base, tiny_model("llama-3"))
+    keys = [f"model.base={base}", "data.task=recall", "data.seqlen=200", "attention.topk=8", "attention.window_size=16", "run.dtype=f32", "run.steps=1",
+            "validation.batches=1"]
+    for part in ("full", "lora"):
+        fails(1, "train", *keys, f"trainable.part={part}", f"run.folder={tmp_path / part}", mentions=["llama-3.gguf", "rope_freqs", "trainable.part=scorer"])
+        assert not (tmp_path / part).exists()
+    result = run("train", *keys, "trainable.part=scorer", f"run.folder={tmp_path / 'scorer'}")
+    assert result.returncode == 0, result.stderr.decode()
 
 
 @pytest.mark.parametrize("matrix_type", ["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"])

@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 import program
+from data_tool import data_tool
 
 TINY = ["data.task=recall", "data.recall_pairs=3", "data.recall_keys=6", "data.recall_values=6", "data.recall_noise=6", "data.batch=2",
         "data.seqlen=64", "model.vocab_size=61", "model.num_layers=2", "model.dim=32", "model.ffn_dim=48", "model.num_heads=4",
@@ -205,4 +206,5 @@ def test_a_trained_model_reads_text_by_its_folder(tmp_path):
     begin = program.run("inspect", shards, "--model", "smollm2", "--document", 0).stdout.decode()
     assert tokenizer.decode(tokenizer(program.TEXT)["input_ids"]) == program.TEXT and program.TEXT[:20] in begin
     assert tokenizer.eos_token in ("<|im_end|>", "<|endoftext|>")
+    assert data_tool("info", model).stdout == data_tool("info", program.MODEL).stdout  # BOS, end tokens, missing bytes
     assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

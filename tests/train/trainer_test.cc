@@ -325,6 +325,11 @@ TEST(Export, ComputesWhatWasTrained) {
          .placement = {.dtype = at::kFloat}},
         config);
     EXPECT_NEAR(loss, result.validation->loss, 2e-5) << config.trainable.part;
+    std::ifstream card(result.exported + "/README.md");
+    const std::string said{std::istreambuf_iterator<char>(card), {}};
+    const bool has_base = !config.model.base.empty();
+    EXPECT_EQ(said.find("tokenizer: none: ") != said.npos, has_model && has_base) << "a base without a tokenizer";
+    EXPECT_EQ(said.find("tokenizer: none, as there is no base") != said.npos, !has_base);
   }
 }
 
