@@ -48,7 +48,7 @@ struct NeedlesConfig {
   ModelConfig model;
   std::string file;  // the text that needles are put into
   std::string task = "keys";
-  int64_t tokens = 8192, depths = 10, samples = 4;
+  int64_t tokens = 8192, depths = 10, samples = 4, digits = 0;
   uint64_t seed = 1;
   bool json = false;
 };

@@ -123,6 +123,7 @@ void add_needles(CLI::App& app, NeedlesConfig& config, AttentionFlags& flags) {
   add_count(command, "--tokens", config.tokens, "tokens to read before a question");
   add_count(command, "--depths", config.depths, "places in the text, evenly spaced");
   add_count(command, "--samples", config.samples, "questions for each depth");
+  add_count(command, "--digits", config.digits, "of a number (default: passkey 5, keys 7)");
   add_seed(command, "--seed", config.seed, "of words and numbers");
   command.footer(
       "Examples:\n"

@@ -27,6 +27,7 @@ int run_needles(const NeedlesConfig& config) {
   options.tokens = config.tokens;
   options.depths = config.depths;
   options.samples = config.samples;
+  options.digits = config.digits;
   options.seed = config.seed;
   options.chunk_size = tokens_at_once(config.model);
   eval::check(options);
@@ -55,14 +56,17 @@ int run_needles(const NeedlesConfig& config) {
   }
 
   int64_t asked = 0, right = 0;
+  double tokens_right = 0;
   nlohmann::ordered_json depths = nlohmann::ordered_json::array();
   for (const eval::NeedleDepth& depth : result.depths) {
     asked += depth.asked;
     right += depth.right;
+    tokens_right += depth.token_accuracy * static_cast<double>(depth.asked);
     depths.push_back({{"depth", depth.depth},
                       {"distance", depth.distance},
                       {"asked", depth.asked},
                       {"right", depth.right},
+                      {"token_accuracy", depth.token_accuracy},
                       {"answer_loss", depth.answer_loss}});
   }
   const std::string attention = describe(model.attention());
@@ -70,6 +74,7 @@ int run_needles(const NeedlesConfig& config) {
     print_json({{"task", config.task},
                 {"tokens", options.tokens},
                 {"accuracy", share(right, asked)},
+                {"token_accuracy", asked > 0 ? tokens_right / static_cast<double>(asked) : 0},
                 {"asked", asked},
                 {"depths", depths},
                 {"seed", options.seed},
@@ -82,11 +87,14 @@ int run_needles(const NeedlesConfig& config) {
     fmt::print("attention    {}\n", attention);
     fmt::print("tokens       {} before each question\n", with_separators(options.tokens));
     fmt::print("right        {} of {} ({:.1f} %)\n", right, asked, 100 * share(right, asked));
+    fmt::print("tokens right {:.1f} %\n", asked > 0 ? 100 * tokens_right / static_cast<double>(asked) : 0.0);
     fmt::print("speed        {:.0f} tokens/s\n\n", static_cast<double>(result.tokens) / result.seconds);
-    fmt::print("{:>6} {:>9} {:>6} {:>6} {:>12}\n", "depth", "distance", "asked", "right", "answer loss");
+    fmt::print("{:>6} {:>9} {:>6} {:>6} {:>12} {:>12}\n", "depth", "distance", "asked", "right", "tokens right",
+               "answer loss");
     for (const eval::NeedleDepth& depth : result.depths) {
-      fmt::print("{:>6.3f} {:>9} {:>6} {:>6} {:>12.3f}\n", depth.depth,
-                 with_separators(static_cast<int64_t>(depth.distance)), depth.asked, depth.right, depth.answer_loss);
+      fmt::print("{:>6.3f} {:>9} {:>6} {:>6} {:>10.1f} % {:>12.3f}\n", depth.depth,
+                 with_separators(static_cast<int64_t>(depth.distance)), depth.asked, depth.right,
+                 100 * depth.token_accuracy, depth.answer_loss);
     }
   }
   if (!result.complete) {

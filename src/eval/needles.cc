@@ -42,18 +42,18 @@ std::string digits(std::mt19937_64& random, int64_t count) {
 
 // A question repeats the needle's words up to its value: a model without instruction tuning continues, it does not
 // answer.
-Needle make_needle(const Tokenizer& tokenizer, NeedleTask task, int64_t depth, const char* word,
+Needle make_needle(const Tokenizer& tokenizer, const NeedleOptions& options, int64_t depth, const char* word,
                    std::mt19937_64& random) {
   const auto encode = [&](const std::string& text) { return tokenizer.encode(text, SpecialTokens::kAsText); };
   Needle needle;
   needle.depth = depth;
-  if (task == NeedleTask::kPasskey) {
-    const std::string value = digits(random, 5);
+  const bool is_passkey = options.task == NeedleTask::kPasskey;
+  const std::string value = digits(random, options.digits > 0 ? options.digits : is_passkey ? 5 : 7);
+  if (is_passkey) {
     needle.sentence = encode(fmt::format("\n\nThe pass key is {}. Remember it. {} is the pass key.\n\n", value, value));
     needle.question = encode("\n\nWhat is the pass key? The pass key is");
     needle.answer = encode(" " + value);
   } else {
-    const std::string value = digits(random, 7);
     needle.sentence = encode(fmt::format("\n\nThe special magic number for {} is {}.\n\n", word, value));
     needle.question = encode(
         fmt::format("\n\nWhat is the special magic number for {}? The special magic number for {} is", word, word));
@@ -83,6 +83,7 @@ void check(const NeedleOptions& options) {
   };
   between("depths", options.depths, 1, static_cast<int64_t>(kWords.size()));
   between("samples", options.samples, 1, 1'000'000);
+  if (options.digits != 0) between("digits", options.digits, 1, 18);
   // A needle has up to 40 tokens; half of the text is to be text.
   between("tokens", options.tokens, 80 * options.depths, int64_t{1} << 40);
 }
@@ -115,6 +116,7 @@ NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer
       if (depth.asked == 0) continue;
       depth.distance /= static_cast<double>(depth.asked);
       depth.answer_loss /= static_cast<double>(depth.asked);
+      depth.token_accuracy /= static_cast<double>(depth.asked);
     }
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     return result;
@@ -126,10 +128,10 @@ NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer
     for (size_t i = words.size() - 1; i > 0; --i) std::swap(words[i], words[random() % (i + 1)]);
     std::vector<Needle> inside;
     if (options.task == NeedleTask::kPasskey) {
-      inside.push_back(make_needle(tokenizer, options.task, reading % options.depths, "", random));
+      inside.push_back(make_needle(tokenizer, options, reading % options.depths, "", random));
     } else {
       for (int64_t depth = 0; depth < options.depths; ++depth) {
-        inside.push_back(make_needle(tokenizer, options.task, depth, words[depth], random));
+        inside.push_back(make_needle(tokenizer, options, depth, words[depth], random));
       }
     }
 
@@ -178,7 +180,9 @@ NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer
       const at::Tensor rows = hidden.slice(0, hidden.size(0) - answers), targets = model::as_tensor(needle.answer);
       const std::vector<double> losses = model.losses(rows, targets);
       NeedleDepth& depth = result.depths[needle.depth];
-      depth.right += model.logits(rows).argmax(-1).equal(targets.to(at::kLong)) ? 1 : 0;
+      const auto hits = model.logits(rows).argmax(-1).eq(targets.to(at::kLong)).sum().item<int64_t>();
+      depth.right += hits == answers ? 1 : 0;
+      depth.token_accuracy += static_cast<double>(hits) / static_cast<double>(answers);
       depth.answer_loss += std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(answers);
       depth.distance += static_cast<double>(static_cast<int64_t>(ids.size()) - ends[i]);
       depth.asked += 1;

@@ -15,8 +15,8 @@
 namespace sparsek::eval {
 
 enum class NeedleTask : uint8_t {
-  kPasskey,  // one needle a reading: a pass key of five digits, at one depth after the other
-  kKeys,     // all needles in each reading, a word and a number of seven digits each; every one is asked for
+  kPasskey,  // one needle a reading: a pass key, at one depth after the other
+  kKeys,     // all needles in each reading, a word and a number each; every one is asked for
 };
 // Throws UsageError naming the field: passkey or keys.
 NeedleTask parse_needle_task(const std::string& text);
@@ -26,6 +26,7 @@ struct NeedleOptions {
   int64_t tokens = 8192;  // of a reading, needles included, the question not
   int64_t depths = 10;    // places, evenly spaced: place d lies (d + 1/2) / depths into the text
   int64_t samples = 4;    // questions for each depth
+  int64_t digits = 0;     // of a number: 1 to 18; 0: five of a pass key, seven of a key's number
   uint64_t seed = 1;      // of words and numbers
   int64_t chunk_size = 512;
 };
@@ -41,7 +42,8 @@ struct NeedleDepth {
   double depth = 0;     // 0: begin of the text, 1: its end
   double distance = 0;  // mean of the tokens between the needle's end and the question
   int64_t asked = 0, right = 0;
-  double answer_loss = 0;  // mean over questions of the answers' mean loss a token, nats: what moves before right does
+  double token_accuracy = 0;  // mean share of an answer's tokens that are the most likely ones after those before them
+  double answer_loss = 0;     // mean over questions of the answers' mean loss a token, nats: moves before right does
 };
 
 struct NeedleResult {

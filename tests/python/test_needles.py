@@ -31,6 +31,10 @@ def test_dense_finds_what_is_out_of_a_windows_reach(haystack, task):
     right = sum(depth["right"] for depth in dense["depths"])
     assert right >= 4 and dense["accuracy"] == right / 6
     assert window["accuracy"] == 0
+    for found in (dense, window):  # each depth is asked as often as the others
+        assert abs(found["token_accuracy"] - sum(depth["token_accuracy"] for depth in found["depths"]) / 3) < 1e-9
+    assert window["token_accuracy"] < 0.6 < dense["token_accuracy"]
+    assert dense["accuracy"] <= dense["token_accuracy"] <= 1
     for near, far in zip(dense["depths"], window["depths"]):
         assert near["distance"] == far["distance"]
         assert near["answer_loss"] + 0.5 < far["answer_loss"]
@@ -47,8 +51,17 @@ def test_sees_everything_as_dense_does_and_repeats(haystack):
     assert needles(haystack, *f32, "--attention", "dense", "--seed", 2)["depths"] != dense["depths"]
 
 
+def test_fewer_digits_are_found_more_often(haystack):
+    """The same places, a shorter answer: of one digit and the space before it at least half is right where any is."""
+    short = needles(haystack, *SHORT, "--attention", "dense", "--digits", 1)
+    long = needles(haystack, *SHORT, "--attention", "dense", "--digits", 18)
+    assert short["accuracy"] >= long["accuracy"]
+    assert [round(2 * depth["token_accuracy"] * depth["asked"], 9) % 1 for depth in short["depths"]] == [0, 0, 0]  # two tokens an answer
+
+
 def test_says_what_is_wrong(haystack):
     fails(2, "needles", haystack, "--model", "smollm2", "--task", "hay", mentions=["--task", "passkey or keys", "'hay'"])
     fails(2, "needles", haystack, "--model", "smollm2", "--tokens", 500, mentions=["--tokens", "800", "500"])  # of 10 depths
+    fails(2, "needles", haystack, "--model", "smollm2", "--digits", 19, mentions=["--digits", "1 to 18", "19"])
     fails(2, "needles", haystack, "--model", "smollm2", "--depths", 65, mentions=["--depths", "64"])
     fails(2, "needles", haystack, "--model", "smollm2", "--tokens", 100000, mentions=["--tokens", "the tokens of the text", "100000"])
