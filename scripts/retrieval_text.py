@@ -4,7 +4,7 @@
     python3 scripts/retrieval_text.py OUT --text FOLDER [--documents 48] [--seed 1]
 
 Paragraphs of FOLDER's .txt files (scripts/training_text.py makes them) with facts between them: a subject and a value that nothing else
-predicts. Each fact is told once and comes up again one to three times (fewer where the document ends), 500 to 6,500 tokens later in the same words,
+predicts. Each fact is told once and comes up again one to three times (fewer where the document ends), 500 to 7,500 tokens later in the same words,
 so that the values can be predicted from the earlier place alone. At most 16 facts are pending at a time. The wording, the subjects and the values differ from those of `sparsek
 needles` (no pass keys, no magic numbers), which measures. The same arguments give the same bytes.
 """
@@ -14,7 +14,7 @@ import random
 import string
 
 LENGTH = 72_000  # characters of a document: about 18K tokens
-DISTANCE = (2_000, 26_000)  # characters between telling and asking
+DISTANCE = (2_000, 30_000)  # characters between telling and asking
 PENDING = 16
 
 PLACES = ("north gate", "boiler room", "archive", "tea house", "third platform", "observatory", "map room", "lower dock", "green house",
@@ -41,7 +41,7 @@ def identifier(rng):
     return "".join(rng.choice(string.ascii_uppercase) for _ in range(2)) + "-" + digits(rng)
 
 
-# (sentence, value): {subject} and {value} in this order, so that a reader can complete it.
+# (sentence, value): {value} comes behind the words that say which one it is, so that a reader can complete it.
 KINDS = [
     ("The door code of the {place} is {value}.", digits),
     ("{person}'s {thing} has the serial number {value}.", identifier),
@@ -53,6 +53,18 @@ KINDS = [
     ("The watchword at the {place} is {value}.", words),
     ("{person} paid for the {thing} with cheque {value}.", digits),
     ("In the register, the {thing} of {person} is entered as {value}.", identifier),
+    ("Note the combination of the safe in the {place}: {value}.", digits),
+    ("{person} was born in house number {value}.", digits),
+    ("The lottery ticket of {person} bears {value}. Keep it in mind: {value}.", digits),
+    ("It was agreed that the signal from the {place} would be {value}.", words),
+    ("A label on the {colour} {thing} reads {value}.", identifier),
+    ("The code name of {person} is {value}.", words),
+    ("What {person} wrote on the {thing} was {value}, nothing else.", digits),
+    ("The member number of {person} is {value}; it is needed later.", digits),
+    ("One should know that the {colour} {thing} weighs {value} grams.", digits),
+    ("To open the {place}, say {value}.", words),
+    ("key for {person}/{thing}: {value}", digits),
+    ("The last entry under {colour} {thing} is {value}.", digits),
 ]
 
 
