@@ -95,6 +95,7 @@ void check_optimiser(const TrainConfig& config) {
   const OptimiserOptions& optimiser = config.optimiser;
   check_number("optimiser.lr", optimiser.lr, 0, 1e3);
   check_number("optimiser.scorer_lr", optimiser.scorer_lr, 0, 1e3);
+  if (optimiser.scale_lr != -1) check_number("optimiser.scale_lr", optimiser.scale_lr, 0, 1e3);
   check_number("optimiser.min_lr_ratio", optimiser.min_lr_ratio, 0, 1);
   check_range("optimiser.warmup_steps", optimiser.warmup_steps, 0);
   check_number("optimiser.beta1", optimiser.beta1, 0, 0.999999);
@@ -197,6 +198,7 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
 
       {"optimiser.lr", &c.optimiser.lr, "highest learning rate"},
       {"optimiser.scorer_lr", &c.optimiser.scorer_lr, "of scorers"},
+      {"optimiser.scale_lr", &c.optimiser.scale_lr, "of scorers' slope, gamma and alpha; -1: scorer_lr"},
       {"optimiser.min_lr_ratio", &c.optimiser.min_lr_ratio, "last rate of the cosine / highest"},
       {"optimiser.warmup_steps", &c.optimiser.warmup_steps, "steps from 0 to the highest"},
       {"optimiser.beta1", &c.optimiser.beta1, ""},

@@ -63,7 +63,7 @@ struct RecurrentOptions {
 };
 
 struct OptimiserOptions {
-  double lr = 3e-4, scorer_lr = 1e-3, min_lr_ratio = 0.1;
+  double lr = 3e-4, scorer_lr = 1e-3, scale_lr = -1, min_lr_ratio = 0.1;
   int64_t warmup_steps = 100;
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1.0;
   int64_t accumulation = 1;

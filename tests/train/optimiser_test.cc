@@ -97,6 +97,28 @@ TEST(Optimiser, KeepsSlopesAboveZero) {
   EXPECT_EQ(parameters.layers[0].slope.max().item<double>(), 0);
 }
 
+// Adam's first step is as large as the rate: it shows which one a tensor has.
+TEST(Optimiser, ScalesHaveTheirOwnRate) {
+  for (const double scale_lr : {-1.0, 0.5}) {
+    Parameters parameters = two_tensors();
+    parameters.layers.resize(1);
+    LayerParameters& layer = parameters.layers[0];
+    const std::vector<at::Tensor*> scales = {&layer.slope, &layer.gamma, &layer.alpha};
+    const std::vector<at::Tensor*> others = {&layer.scorer, &layer.beta};
+    for (at::Tensor* tensor : {scales[0], scales[1], scales[2], others[0], others[1]}) {
+      *tensor = at::full({2}, 3.0, at::kDouble).requires_grad_(true);
+      tensor->mutable_grad() = at::ones({2}, at::kDouble);
+    }
+    Optimiser optimiser(parameters, {.scorer_lr = 1e-2, .scale_lr = scale_lr, .warmup_steps = 0, .clip = 0}, 10);
+    set_gradients(parameters, 0, 0);
+    optimiser.apply(0, true);
+    for (const at::Tensor* tensor : scales) {
+      EXPECT_NEAR(tensor->max().item<double>(), 3 - (scale_lr < 0 ? 1e-2 : scale_lr), 1e-6);
+    }
+    for (const at::Tensor* tensor : others) EXPECT_NEAR(tensor->max().item<double>(), 3 - 1e-2, 1e-6);
+  }
+}
+
 TEST(RateFactor, WarmsUpAndFalls) {
   OptimiserOptions options;
   options.warmup_steps = 10;
