@@ -45,6 +45,8 @@ void check_attention(const TrainConfig& config) {
   check_range("scorer.hidden", scorer.hidden, 0, int64_t{1} << 16);
   check_number("scorer.alpha", scorer.alpha, -1e6, 1e6);
   check_number("scorer.slope", scorer.slope, 0, 1e6);
+  check_range("scorer.lookup_heads", scorer.lookup_heads, 0, int64_t{1} << 20);
+  check_number("scorer.lookup_slope", scorer.lookup_slope, 0, 1e6);
   const ScheduleOptions& schedule = config.schedule;
   check_range("schedule.anneal_steps", schedule.anneal_steps, 0);
   check_range("schedule.topk_from", schedule.topk_from, 0, int64_t{1} << 20);
@@ -121,6 +123,9 @@ void check_optimiser(const TrainConfig& config) {
     if (config.warm_start.steps > 0) {
       throw_field("warm_start.steps", "expected 0 without model.base, found {}", config.warm_start.steps);
     }
+    if (config.scorer.lookup_heads > 0) {
+      throw_field("scorer.lookup_heads", "expected 0 without model.base, found {}", config.scorer.lookup_heads);
+    }
   }
   if (config.trainable.part == "scorer" && config.attention.kind != "sparsek") {
     throw_field("trainable.part", "expected attention.kind sparsek for scorer, found {}",
@@ -175,6 +180,9 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"scorer.alpha", &c.scorer.alpha, "initial alpha"},
       {"scorer.slope", &c.scorer.slope, "initial position slope, per 1,024 positions"},
       {"scorer.learn_slope", &c.scorer.learn_slope, "false: the slope stays as it is"},
+      {"scorer.lookup_heads", &c.scorer.lookup_heads,
+       "KV heads of the whole model that the dense base looks things up with most: their slope is lookup_slope"},
+      {"scorer.lookup_slope", &c.scorer.lookup_slope, "and stays so"},
       {"scorer.cut_gradient", &c.scorer.cut_gradient, "no gradient through scores: the control of an experiment"},
       {"scorer.adapter", &c.scorer.adapter, "start from this adapter's scorers"},
 

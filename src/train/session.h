@@ -9,12 +9,18 @@ namespace sparsek::train {
 
 struct Session {
   Network network;
-  std::optional<Network> teacher;  // the base with its own dense attention, when the loss or a warm start needs it
+  // The base with its own dense attention, when a loss, a warm start or look-up heads need it.
+  std::optional<Network> teacher;
 };
 
 // Reads the base, or draws weights; adds scorers and LoRA; marks what requires a gradient. Frozen matrices are kept in
 // the compute type.
 Session open_session(const TrainConfig& config);
+
+// Whether scorer.lookup_heads asks for anything: only sparsek has slopes.
+inline bool holds_lookup_heads(const TrainConfig& config) {
+  return config.attention.kind == "sparsek" && config.scorer.lookup_heads > 0;
+}
 
 at::Device parse_device(const std::string& text);  // throws UsageError naming run.device
 at::ScalarType parse_dtype(const std::string& text);

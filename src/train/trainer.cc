@@ -18,6 +18,7 @@
 #include "train/checkpoint_folder.h"
 #include "train/device_memory.h"
 #include "train/export.h"
+#include "train/lookup_heads.h"
 #include "train/metrics.h"
 #include "train/optimiser.h"
 #include "train/session.h"
@@ -131,6 +132,7 @@ class Run {
         optimiser_(session_.network.parameters(), config.optimiser, config.run.steps),
         folder_(config.run.folder + "/checkpoints"),
         carried_(session_.network) {
+    if (holds_lookup_heads(config)) hold_lookup_heads();
     if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
     if (exports_model()) check_exportable(session_.network.config(), config.model.base);
     const int64_t vocab_size = session_.network.config().vocab_size;
@@ -196,6 +198,23 @@ class Run {
  private:
   // Where scorers alone are learned the base stays what it was.
   bool exports_model() const { return config_.trainable.part != "scorer"; }
+
+  // The dense base says which heads; the text is validation's, so that a resumed run looks at the same.
+  void hold_lookup_heads() {
+    constexpr int64_t kTokens = 512;
+    const at::Tensor row = validation_->next().ids[0];
+    validation_->seek(validation_begin_);
+    const at::Tensor scores = lookup_scores(*session_.teacher, row.slice(0, 0, kTokens));
+    std::string names;
+    const std::vector<HeadIndex> heads = highest_heads(scores, config_.scorer.lookup_heads);
+    for (const HeadIndex& head : heads) {
+      names += fmt::format("{}{}.{} ({:.2f})", names.empty() ? "" : ", ", head.layer, head.kv_head,
+                           scores[head.layer][head.kv_head].item<float>());
+    }
+    hold_slopes(session_.network.parameters(), heads, config_.scorer.lookup_slope);
+    observer_.notice(fmt::format("heads that look things up (layer.head, attention paid): {}", names));
+    if (config_.loss.kl == 0 && config_.warm_start.steps == 0) session_.teacher.reset();
+  }
 
   // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.
   void begin(const Resume& resume) {

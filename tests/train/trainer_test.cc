@@ -108,6 +108,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"annealed", {"schedule.anneal_steps=4", "schedule.topk_from=12", "schedule.window_from=12"}},
                     Case{"scorer_kl", {"trainable.part=scorer", "loss.kl=1", "loss.next_token=0"}, true},
                     Case{"scorer_kl_recurrent", {"trainable.part=scorer", "loss.kl=1", "recurrent.chunk=24"}, true},
+                    Case{"lookup_heads", {"trainable.part=scorer", "loss.kl=1", "scorer.lookup_heads=3"}, true},
                     Case{"lora_both", {"trainable.part=lora", "loss.kl=0.5", "trainable.lora_rank=3"}, true},
                     Case{"full_kl", {"loss.kl=0.5", "warm_start.steps=2"}, true}),
     [](const auto& info) { return info.param.name; });

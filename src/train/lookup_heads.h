@@ -1,0 +1,26 @@
+// Which heads does a dense model look things up with? Few do: they find where a token stood before, or what came behind
+// it there (duplicate-token heads and induction heads: Olsson et al., arXiv 2209.11895). What they need may be old,
+// while a position slope that is learned from text, where what repeats mostly repeats soon, lets old keys go first.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "train/network.h"
+
+namespace sparsek::train {
+
+// float32 [num_layers, num_kv_heads] on the CPU, 0 to 1: where `text` (int64 [tokens], at least 2, of any kind that the
+// model knows) comes twice, the mean attention that a token of the second time pays itself or, if that is more, its
+// successor of the first time; of a group's heads the one that pays most. `dense` has dense attention.
+at::Tensor lookup_scores(const Network& dense, const at::Tensor& text);
+
+struct HeadIndex {
+  int64_t layer, kv_head;
+};
+// The `count` highest of scores [num_layers, num_kv_heads], highest first; of equals the first.
+std::vector<HeadIndex> highest_heads(const at::Tensor& scores, int64_t count);
+
+// Sets the slopes of these heads to `value`, where they stay: no gradient reaches them.
+void hold_slopes(Parameters& parameters, const std::vector<HeadIndex>& heads, double value);
+
+}  // namespace sparsek::train
