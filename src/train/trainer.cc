@@ -202,6 +202,11 @@ class Run {
   // The dense base says which heads; the text is validation's, so that a resumed run looks at the same.
   void hold_lookup_heads() {
     constexpr int64_t kTokens = 512;
+    const model::ModelConfig& model = session_.network.config();
+    if (const int64_t most = model.num_layers * model.num_kv_heads; config_.scorer.lookup_heads > most) {
+      throw_field("scorer.lookup_heads", "expected at most {}, the base's KV heads, found {}", most,
+                  config_.scorer.lookup_heads);
+    }
     const at::Tensor row = validation_->next().ids[0];
     validation_->seek(validation_begin_);
     const at::Tensor scores = lookup_scores(*session_.teacher, row.slice(0, 0, kTokens));

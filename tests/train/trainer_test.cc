@@ -275,6 +275,34 @@ TEST(Trainer, VocabularyMustFit) {
               AllOf(HasSubstr("17"), HasSubstr("18")));
 }
 
+TEST(Trainer, LookupHeadsAreTheBases) {
+  const TemporaryFolder folder;
+  sparsek::test::tiny_llama().write(folder.path());
+  const auto config = [&](const char* heads) {
+    return tiny_config(folder.file("run"), {"model.base=" + folder.path(), "trainable.part=scorer", "scorer.slope=0.5",
+                                            "scorer.lookup_slope=0.25", std::string("scorer.lookup_heads=") + heads});
+  };
+  EXPECT_THAT(message_of<UsageError>([&] { train(config("1000"), {}, {}); }),
+              AllOf(HasSubstr("scorer.lookup_heads"), HasSubstr("at most"), HasSubstr("1000")));
+  EXPECT_THAT(
+      message_of<UsageError>([&] { check_config(load_config("", {"data.task=recall", "scorer.lookup_heads=2"})); }),
+      HasSubstr("expected 0 without model.base"));
+  std::vector<std::string> notices;
+  Observer observer;
+  observer.notice = [&](const std::string& text) { notices.push_back(text); };
+  train(config("1"), {}, observer);
+  EXPECT_THAT(notices, testing::Contains(HasSubstr("heads that look things up")));
+  // One head of the file has the slope it was given, the others have moved.
+  int64_t held = 0, all = 0;
+  for (const auto& [name, tensor] : CheckpointFolder(folder.file("run/checkpoints")).load(6).tensors) {
+    if (!name.starts_with("parameter.") || !name.ends_with(".slope")) continue;
+    held += tensor.eq(0.25).sum().item<int64_t>();
+    all += tensor.numel();
+  }
+  EXPECT_EQ(held, 1);
+  EXPECT_GT(all, 1);
+}
+
 TEST(Trainer, DeviceMustBeThere) {
   const TemporaryFolder folder;
   for (const char* device : {"cuda", "tpu", "cuda:x"}) {
