@@ -73,6 +73,7 @@ int run_needles(const NeedlesConfig& config) {
   if (config.json) {
     print_json({{"task", config.task},
                 {"tokens", options.tokens},
+                {"digits", eval::num_digits(options)},
                 {"accuracy", share(right, asked)},
                 {"token_accuracy", asked > 0 ? tokens_right / static_cast<double>(asked) : 0},
                 {"asked", asked},

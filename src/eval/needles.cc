@@ -48,7 +48,7 @@ Needle make_needle(const Tokenizer& tokenizer, const NeedleOptions& options, int
   Needle needle;
   needle.depth = depth;
   const bool is_passkey = options.task == NeedleTask::kPasskey;
-  const std::string value = digits(random, options.digits > 0 ? options.digits : is_passkey ? 5 : 7);
+  const std::string value = digits(random, num_digits(options));
   if (is_passkey) {
     needle.sentence = encode(fmt::format("\n\nThe pass key is {}. Remember it. {} is the pass key.\n\n", value, value));
     needle.question = encode("\n\nWhat is the pass key? The pass key is");
@@ -77,6 +77,11 @@ int64_t num_readings(const NeedleOptions& options) {
 
 }  // namespace
 
+int64_t num_digits(const NeedleOptions& options) {
+  if (options.digits > 0) return options.digits;
+  return options.task == NeedleTask::kPasskey ? 5 : 7;
+}
+
 void check(const NeedleOptions& options) {
   const auto between = [](const char* field, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high) throw_field(field, "expected {} to {}, found {}", low, high, value);
@@ -84,7 +89,7 @@ void check(const NeedleOptions& options) {
   between("depths", options.depths, 1, static_cast<int64_t>(kWords.size()));
   between("samples", options.samples, 1, 1'000'000);
   if (options.digits != 0) between("digits", options.digits, 1, 18);
-  // A needle has up to 40 tokens; half of the text is to be text.
+  // A needle has up to 60 tokens, of seven digits 40; between them there is to be text.
   between("tokens", options.tokens, 80 * options.depths, int64_t{1} << 40);
 }
 

@@ -47,6 +47,12 @@ void check_attention(const TrainConfig& config) {
   check_number("scorer.slope", scorer.slope, 0, 1e6);
   check_range("scorer.lookup_heads", scorer.lookup_heads, 0, int64_t{1} << 20);
   check_number("scorer.lookup_slope", scorer.lookup_slope, 0, 1e6);
+  constexpr int64_t kShortest = 32;  // a head cannot be told from another by fewer tokens
+  const int64_t row = config.recurrent.chunk > 0 ? config.recurrent.chunk : config.data.seqlen;
+  if (scorer.lookup_heads > 0 && row < kShortest) {
+    throw_field("scorer.lookup_heads", "expected 0 with fewer than {} tokens a row or chunk ({}), found {}", kShortest,
+                row, scorer.lookup_heads);
+  }
   const ScheduleOptions& schedule = config.schedule;
   check_range("schedule.anneal_steps", schedule.anneal_steps, 0);
   check_range("schedule.topk_from", schedule.topk_from, 0, int64_t{1} << 20);
@@ -206,7 +212,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
 
       {"optimiser.lr", &c.optimiser.lr, "highest learning rate"},
       {"optimiser.scorer_lr", &c.optimiser.scorer_lr, "of scorers"},
-      {"optimiser.scale_lr", &c.optimiser.scale_lr, "of scorers' slope, gamma and alpha; -1: scorer_lr"},
+      {"optimiser.scale_lr", &c.optimiser.scale_lr,
+       "of scorers' slope, gamma and alpha, in the warm start too; -1: scorer_lr, warm_start.lr"},
       {"optimiser.min_lr_ratio", &c.optimiser.min_lr_ratio, "last rate of the cosine / highest"},
       {"optimiser.warmup_steps", &c.optimiser.warmup_steps, "steps from 0 to the highest"},
       {"optimiser.beta1", &c.optimiser.beta1, ""},

@@ -16,16 +16,6 @@
 
 namespace sparsek::train {
 
-namespace {
-
-// One number a head and of size 1, by which everything that the scorer says is multiplied, or the positions are: Adam's
-// steps, about as large as the rate, that suit a matrix' elements hardly move it in a short run.
-bool is_scale(const std::string& name) {
-  return name.ends_with(".slope") || name.ends_with(".gamma") || name.ends_with(".alpha");
-}
-
-}  // namespace
-
 double rate_factor(const OptimiserOptions& options, int64_t step, int64_t steps) {
   if (step < options.warmup_steps) return static_cast<double>(step + 1) / static_cast<double>(options.warmup_steps);
   const int64_t falling = std::max<int64_t>(steps - options.warmup_steps, 1);
@@ -36,18 +26,17 @@ double rate_factor(const OptimiserOptions& options, int64_t step, int64_t steps)
 
 Optimiser::Optimiser(Parameters& parameters, const OptimiserOptions& options, int64_t steps)
     : options_(options), total_steps_(steps) {
-  constexpr size_t kScales = 3;  // behind the groups of parameters.h
-  groups_.resize(kScales + 1);
+  groups_.resize(kNumGroups);
   for (GroupState& group : groups_) {
     group.rate = options.lr;
     group.weight_decay = 0;
   }
   groups_[static_cast<size_t>(Group::kMatrix)].weight_decay = options.weight_decay;
   groups_[static_cast<size_t>(Group::kScorer)].rate = options.scorer_lr;
-  groups_[kScales].rate = options.scale_lr < 0 ? options.scorer_lr : options.scale_lr;
+  groups_[static_cast<size_t>(Group::kScale)].rate = options.scale_lr < 0 ? options.scorer_lr : options.scale_lr;
   visit_parameters(parameters, [&](const std::string& name, at::Tensor& tensor, Group kind) {
     if (!tensor.requires_grad()) return;
-    GroupState& group = groups_[is_scale(name) ? kScales : static_cast<size_t>(kind)];
+    GroupState& group = groups_[static_cast<size_t>(kind)];
     group.names.push_back(name);
     group.parameters.push_back(tensor);
     const at::NoGradGuard no_grad;

@@ -13,7 +13,13 @@
 
 namespace sparsek::train {
 
-enum class Group : uint8_t { kMatrix, kVector, kScorer };  // with weight decay, without, with the scorers' rate
+// Matrices have weight decay, vectors none. Scorers have a rate of their own, and so have their scales: one number a
+// head, of size 1, which is far from what suits a matrix' elements, in either direction.
+enum class Group : uint8_t { kMatrix, kVector, kScorer, kScale };
+inline constexpr int kNumGroups = 4;
+inline bool is_of_scorer(Group group) {
+  return group == Group::kScorer || group == Group::kScale;
+}
 
 // Adds alpha / rank * b a to the matrix it belongs to.
 struct Lora {
@@ -74,10 +80,10 @@ void visit_layer(Layer& layer, Visit visit) {
   one("scorer.hidden", layer.scorer_hidden, Group::kScorer);
   one("scorer.hidden.bias", layer.scorer_hidden_bias, Group::kScorer);
   one("scorer", layer.scorer, Group::kScorer);
-  one("alpha", layer.alpha, Group::kScorer);
+  one("alpha", layer.alpha, Group::kScale);
   one("beta", layer.beta, Group::kScorer);
-  one("gamma", layer.gamma, Group::kScorer);
-  one("slope", layer.slope, Group::kScorer);
+  one("gamma", layer.gamma, Group::kScale);
+  one("slope", layer.slope, Group::kScale);
 }
 template <class All, class Visit>
 void visit_parameters(All& parameters, Visit visit) {

@@ -24,7 +24,7 @@ AttentionSettings settings_of(const TrainConfig& config) {
 
 bool is_learned(const TrainConfig& config, const std::string& name, Group group) {
   if (name.ends_with(".slope") && !config.scorer.learn_slope) return false;
-  if (group == Group::kScorer) return true;
+  if (is_of_scorer(group)) return true;
   if (config.trainable.part == "lora") return name.find(".lora_") != std::string::npos;
   return config.trainable.part == "full";
 }

@@ -132,8 +132,6 @@ class Run {
         optimiser_(session_.network.parameters(), config.optimiser, config.run.steps),
         folder_(config.run.folder + "/checkpoints"),
         carried_(session_.network) {
-    if (holds_lookup_heads(config)) hold_lookup_heads();
-    if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
     if (exports_model()) check_exportable(session_.network.config(), config.model.base);
     const int64_t vocab_size = session_.network.config().vocab_size;
     const auto check_vocabulary = [&](const char* what, const BatchSource& source) {
@@ -143,6 +141,8 @@ class Run {
     };
     check_vocabulary("data", *train_);
     check_vocabulary("data.validation", *validation_);
+    if (holds_lookup_heads(config)) hold_lookup_heads();
+    if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
   }
 
   TrainResult operator()(const Resume& resume) {
@@ -211,12 +211,12 @@ class Run {
     validation_->seek(validation_begin_);
     const at::Tensor scores = lookup_scores(*session_.teacher, row.slice(0, 0, kTokens));
     std::string names;
-    const std::vector<HeadIndex> heads = highest_heads(scores, config_.scorer.lookup_heads);
-    for (const HeadIndex& head : heads) {
+    lookup_heads_ = highest_heads(scores, config_.scorer.lookup_heads);
+    for (const HeadIndex& head : lookup_heads_) {
       names += fmt::format("{}{}.{} ({:.2f})", names.empty() ? "" : ", ", head.layer, head.kv_head,
                            scores[head.layer][head.kv_head].item<float>());
     }
-    hold_slopes(session_.network.parameters(), heads, config_.scorer.lookup_slope);
+    hold_slopes(session_.network.parameters(), lookup_heads_, config_.scorer.lookup_slope);
     observer_.notice(fmt::format("heads that look things up (layer.head, attention paid): {}", names));
     if (config_.loss.kl == 0 && config_.warm_start.steps == 0) session_.teacher.reset();
   }
@@ -374,6 +374,14 @@ class Run {
       }
       at::Tensor(tensor).copy_(it->second);
     }
+    // A checkpoint of a run that held other heads, or none, has moved these.
+    for (const HeadIndex& head : lookup_heads_) {
+      const std::string name = fmt::format("layers.{}.slope", head.layer);
+      for (auto& [saved, tensor] : optimiser_.tensors()) {
+        if (saved == "parameter." + name) tensor[head.kv_head].fill_(config_.scorer.lookup_slope);
+        if (saved == "first_moment." + name) tensor[head.kv_head].zero_();
+      }
+    }
     try {
       step_ = checkpoint.state.at("step").get<int64_t>();
       tokens_ = checkpoint.state.at("tokens").get<int64_t>();
@@ -463,6 +471,7 @@ class Run {
   const Observer& observer_;
   Session session_;
   std::unique_ptr<BatchSource> train_, validation_;
+  std::vector<HeadIndex> lookup_heads_;  // whose slopes are held
   std::string validation_begin_;
   Optimiser optimiser_;
   CheckpointFolder folder_;

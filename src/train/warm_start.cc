@@ -54,7 +54,7 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
   // What it learns: the scorers alone.
   Parameters scorers = session.network.parameters();
   visit_parameters(scorers, [&](const std::string&, at::Tensor& tensor, Group group) {
-    if (group != Group::kScorer) tensor = tensor.detach();
+    if (!is_of_scorer(group)) tensor = tensor.detach();
   });
   OptimiserOptions options = config.optimiser;
   options.scorer_lr = config.warm_start.lr;
