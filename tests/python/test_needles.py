@@ -51,12 +51,15 @@ def test_sees_everything_as_dense_does_and_repeats(haystack):
     assert needles(haystack, *f32, "--attention", "dense", "--seed", 2)["depths"] != dense["depths"]
 
 
-def test_fewer_digits_are_found_more_often(haystack):
-    """The same places, a shorter answer: one digit and the space before it."""
-    short = needles(haystack, *SHORT, "--attention", "dense", "--digits", 1)
-    long = needles(haystack, *SHORT, "--attention", "dense", "--digits", 18)
-    assert short["accuracy"] > long["accuracy"] and (short["digits"], long["digits"]) == (1, 18)
-    assert [round(2 * depth["token_accuracy"] * depth["asked"], 9) % 1 for depth in short["depths"]] == [0, 0, 0]  # two tokens an answer
+def test_numbers_have_as_many_digits_as_asked(haystack):
+    """An answer's tokens are the space and the digits: what is right of the two answers at a depth comes in steps of one of them."""
+    for flags, digits in ((("--digits", 1), 1), ((), 7), (("--digits", 18), 18)):
+        result = needles(haystack, *SHORT, "--attention", "dense", *flags)
+        assert result["digits"] == digits
+        for depth in result["depths"]:
+            right = 2 * (digits + 1) * depth["token_accuracy"]
+            assert abs(right - round(right)) < 1e-9
+            assert depth["right"] == 2 or right < 2 * (digits + 1)
 
 
 def test_says_what_is_wrong(haystack):
