@@ -59,6 +59,11 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(kRecall, {"optimiser.lr=nan"}), HasSubstr("optimiser.lr"));
   EXPECT_THAT(problem(kRecall, {"loss.kl=1"}), HasSubstr("model.base"));
   EXPECT_THAT(problem(kRecall, {"trainable.part=lora"}), HasSubstr("model.base"));
+  EXPECT_THAT(problem(kRecall, {"optimiser.scale_lr=-0.5"}), HasSubstr("optimiser.scale_lr"));
+  EXPECT_EQ(problem(kRecall, {"optimiser.scale_lr=-1"}), "no exception");
+  EXPECT_THAT(problem(kRecall, {"scorer.lookup_heads=-1"}), HasSubstr("scorer.lookup_heads"));
+  EXPECT_THAT(problem(kRecall, {"scorer.lookup_slope=-1"}), HasSubstr("scorer.lookup_slope"));
+  EXPECT_THAT(problem(kRecall, {"scorer.lookup_heads=2", "recurrent.chunk=16"}), HasSubstr("fewer than 32 tokens"));
   EXPECT_THAT(problem(kRecall, {"attention.pool_size=100"}), HasSubstr("more than topk"));
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=10", "recurrent.chunk=64"}), HasSubstr("recurrent.chunk"));
   EXPECT_THAT(problem(kRecall, {"schedule.topk_from=600"}), HasSubstr("schedule.anneal_steps"));
