@@ -69,13 +69,14 @@ int run_needles(const NeedlesConfig& config) {
                       {"token_accuracy", depth.token_accuracy},
                       {"answer_loss", depth.answer_loss}});
   }
+  const double token_accuracy = asked > 0 ? tokens_right / static_cast<double>(asked) : 0;
   const std::string attention = describe(model.attention());
   if (config.json) {
     print_json({{"task", config.task},
                 {"tokens", options.tokens},
                 {"digits", eval::num_digits(options)},
                 {"accuracy", share(right, asked)},
-                {"token_accuracy", asked > 0 ? tokens_right / static_cast<double>(asked) : 0},
+                {"token_accuracy", token_accuracy},
                 {"asked", asked},
                 {"depths", depths},
                 {"seed", options.seed},
@@ -88,7 +89,7 @@ int run_needles(const NeedlesConfig& config) {
     fmt::print("attention    {}\n", attention);
     fmt::print("tokens       {} before each question\n", with_separators(options.tokens));
     fmt::print("right        {} of {} ({:.1f} %)\n", right, asked, 100 * share(right, asked));
-    fmt::print("tokens right {:.1f} %\n", asked > 0 ? 100 * tokens_right / static_cast<double>(asked) : 0.0);
+    fmt::print("tokens right {:.1f} %\n", 100 * token_accuracy);
     fmt::print("speed        {:.0f} tokens/s\n\n", static_cast<double>(result.tokens) / result.seconds);
     fmt::print("{:>6} {:>9} {:>6} {:>6} {:>12} {:>12}\n", "depth", "distance", "asked", "right", "tokens right",
                "answer loss");

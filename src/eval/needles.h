@@ -31,7 +31,7 @@ struct NeedleOptions {
   int64_t chunk_size = 512;
 };
 
-int64_t num_digits(const NeedleOptions& options);
+int64_t num_digits(const NeedleOptions& options);  // options.digits, or the task's
 
 // Throws UsageError unless every option is in its range; needles() does too, and asks for a text that is long enough.
 void check(const NeedleOptions& options);

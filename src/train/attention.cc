@@ -1,11 +1,17 @@
 #include "train/attention.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <array>
+#include <cmath>
+#include <limits>
 
 namespace sparsek::train {
 
@@ -115,6 +121,20 @@ std::pair<at::Tensor, LayerState> attend(const AttentionSettings& settings, cons
   }
   if (settings.attention.kind == model::AttentionKind::kDense && state == nullptr) return {dense(in, layout), {}};
   return attend_rows(settings, in, layout, state);
+}
+
+at::Tensor attention_weights(const AttentionInputs& in, int64_t first, int64_t count) {
+  const int64_t kv_heads = in.k.size(2), keys = first + count;
+  const at::ScalarType wide = in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const double scale = 1 / std::sqrt(static_cast<double>(in.q.size(3)));
+  const at::Tensor q =
+      in.q.narrow(1, first, count).unflatten(2, {kv_heads, in.q.size(2) / kv_heads}).permute({0, 2, 3, 1, 4});
+  const at::Tensor k = in.k.narrow(1, 0, keys).permute({0, 2, 3, 1}).unsqueeze(2);
+  at::Tensor logits = at::matmul(q, k).to(wide).mul_(scale);
+  const at::Tensor positions = at::arange(keys, in.q.options().dtype(at::kLong));
+  logits.masked_fill_(positions.gt(positions.narrow(0, first, count).unsqueeze(1)),
+                      -std::numeric_limits<double>::infinity());
+  return at::softmax(logits, -1);
 }
 
 }  // namespace sparsek::train

@@ -48,6 +48,10 @@ LayerState detached(const LayerState& state);
 std::pair<at::Tensor, LayerState> attend(const AttentionSettings& settings, const LayerParameters& layer,
                                          const AttentionInputs& in, const Layout& layout, const LayerState* state);
 
+// What dense causal attention pays: of the queries first .. first + count - 1, [batch, num_kv_heads, heads of a group,
+// count, first + count], float32 (float64 for float64 inputs), for those who look at it; attend() never makes it.
+at::Tensor attention_weights(const AttentionInputs& in, int64_t first, int64_t count);
+
 // Raw scores r of eq. 1 without the delayed part, float32 (float64 for float64 inputs) [batch, seqlen, num_kv_heads].
 at::Tensor raw_scores(const LayerParameters& layer, const at::Tensor& x);
 // Eq. 1 of whole rows, delayed part included.

@@ -111,7 +111,7 @@ Session open_session(const TrainConfig& config) {
   });
   const AttentionSettings settings = settings_of(config);
   std::optional<Network> teacher;
-  if (config.loss.kl > 0 || config.warm_start.steps > 0 || holds_lookup_heads(config)) {
+  if (learns_from_teacher(config) || holds_lookup_heads(config)) {
     const bool is_shared = config.trainable.part != "full";
     Parameters frozen = is_shared ? parameters : base;
     for (LayerParameters& layer : frozen.layers) {

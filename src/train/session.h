@@ -17,6 +17,11 @@ struct Session {
 // the compute type.
 Session open_session(const TrainConfig& config);
 
+// Whether the run, and not its begin alone, looks at the dense base.
+inline bool learns_from_teacher(const TrainConfig& config) {
+  return config.loss.kl > 0 || config.warm_start.steps > 0;
+}
+
 // Whether scorer.lookup_heads asks for anything: only sparsek has slopes.
 inline bool holds_lookup_heads(const TrainConfig& config) {
   return config.attention.kind == "sparsek" && config.scorer.lookup_heads > 0;

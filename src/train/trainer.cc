@@ -218,7 +218,7 @@ class Run {
     }
     hold_slopes(session_.network.parameters(), lookup_heads_, config_.scorer.lookup_slope);
     observer_.notice(fmt::format("heads that look things up (layer.head, attention paid): {}", names));
-    if (config_.loss.kl == 0 && config_.warm_start.steps == 0) session_.teacher.reset();
+    if (!learns_from_teacher(config_)) session_.teacher.reset();
   }
 
   // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.

@@ -4,8 +4,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/log.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -25,21 +23,14 @@ constexpr int64_t kReportEvery = 20;
 
 FutureMass future_mass(const AttentionInputs& in, int64_t window_size, int64_t block) {
   const at::NoGradGuard no_grad;
-  const int64_t batch = in.q.size(0), seqlen = in.q.size(1), heads = in.q.size(2), kv_heads = in.k.size(2);
+  const int64_t batch = in.q.size(0), seqlen = in.q.size(1), kv_heads = in.k.size(2);
   const at::ScalarType wide = in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const double scale = 1 / std::sqrt(static_cast<double>(in.q.size(3)));
-  const auto options = in.q.options().dtype(wide);
-  // [batch, kv_heads, group, seqlen, head_dim] and [batch, kv_heads, 1, head_dim, seqlen].
-  const at::Tensor q = in.q.unflatten(2, {kv_heads, heads / kv_heads}).permute({0, 2, 3, 1, 4});
-  const at::Tensor k = in.k.permute({0, 2, 3, 1}).unsqueeze(2);
   const at::Tensor positions = at::arange(seqlen, in.q.options().dtype(at::kLong));
-  at::Tensor mass = at::zeros({batch, kv_heads, seqlen}, options);
+  at::Tensor mass = at::zeros({batch, kv_heads, seqlen}, in.q.options().dtype(wide));
   for (int64_t first = 0; first < seqlen; first += block) {
     const int64_t count = std::min(block, seqlen - first), keys = first + count;
     const at::Tensor age = positions.narrow(0, first, count).unsqueeze(1) - positions.narrow(0, 0, keys).unsqueeze(0);
-    at::Tensor logits = at::matmul(q.narrow(3, first, count), k.narrow(4, 0, keys)).to(wide).mul_(scale);
-    logits.masked_fill_(age.lt(0), -std::numeric_limits<double>::infinity());
-    const at::Tensor attention = at::softmax(logits, -1).masked_fill_(age.lt(window_size), 0);
+    const at::Tensor attention = attention_weights(in, first, count).masked_fill(age.lt(window_size), 0);
     mass.narrow(2, 0, keys).add_(attention.sum(at::IntArrayRef{2, 3}));
   }
   FutureMass result;
