@@ -2,9 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros.h>
 
@@ -16,17 +14,11 @@ namespace sparsek::train {
 at::Tensor lookup_scores(const Network& dense, const at::Tensor& text) {
   const at::NoGradGuard no_grad;
   const at::Tensor ids = at::cat({text, text}).unsqueeze(0).to(dense.options().device);
-  const int64_t period = text.size(0), kv_heads = dense.config().num_kv_heads;
-  at::Tensor scores = at::zeros({dense.config().num_layers, kv_heads}, at::kFloat);
-  // Of the second time: all tokens but the last, whose successor of the first time is no key of its own.
-  const at::Tensor sources = at::arange(period - 1, ids.options());
+  const int64_t period = text.size(0);
+  at::Tensor scores = at::zeros({dense.config().num_layers, dense.config().num_kv_heads}, at::kFloat);
   dense.forward_watched(ids, dense.layout(1, 2 * period), [&](int64_t layer, const AttentionInputs& in) {
-    const at::Tensor attention = attention_weights(in, period, period - 1)[0];  // [kv_heads, group, queries, keys]
-    const auto paid = [&](const at::Tensor& keys) {                             // [kv_heads]
-      const at::Tensor index = keys.view({1, 1, -1, 1}).expand({kv_heads, attention.size(1), -1, 1});
-      return attention.gather(3, index).squeeze(3).mean(-1).amax(1);
-    };
-    scores[layer].copy_(at::maximum(paid(sources), paid(sources + 1)));
+    const at::Tensor attention = attention_weights(in, period, period)[0];  // [kv_heads, group, queries, keys]
+    scores[layer].copy_(attention.diagonal(0, 2, 3).mean(-1).amax(1));      // key j of query period + j
   });
   return scores;
 }

@@ -1,6 +1,8 @@
-// Which heads does a dense model look things up with? Few do: they find where a token stood before, or what came behind
-// it there (duplicate-token heads and induction heads: Olsson et al., arXiv 2209.11895). What they need may be old,
-// while a position slope that is learned from text, where what repeats mostly repeats soon, lets old keys go first.
+// Which heads does a dense model look things up with? Few do: they find where a token stood before (duplicate-token
+// heads: Wang et al., arXiv 2211.00593). What they need may be old, while a position slope that is learned from text,
+// where what repeats mostly repeats soon, lets old keys go first. Heads that copy what came behind such a place
+// (induction heads) would be found by the same means, but keep what they need with the slopes that they learn
+// (docs/decisions/training.md).
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -9,9 +11,9 @@
 
 namespace sparsek::train {
 
-// float32 [num_layers, num_kv_heads] on the CPU, 0 to 1: where `text` (int64 [tokens], at least 2, of any kind that the
-// model knows) comes twice, the mean attention that a token of the second time pays itself or, if that is more, its
-// successor of the first time; of a group's heads the one that pays most. `dense` has dense attention.
+// float32 [num_layers, num_kv_heads] on the CPU, 0 to 1: where `text` (int64 [tokens], at least 1, of any kind that the
+// model knows) comes twice, the mean attention that a token of the second time pays itself of the first time; of a
+// group's heads the one that pays most. `dense` has dense attention.
 at::Tensor lookup_scores(const Network& dense, const at::Tensor& text);
 
 struct HeadIndex {
