@@ -118,6 +118,9 @@ void check_optimiser(const TrainConfig& config) {
   if (config.loss.next_token == 0 && config.loss.kl == 0) {
     throw_field("loss.next_token", "expected loss.next_token or loss.kl above 0, found both 0");
   }
+  if (!config.loss.teacher.empty() && config.loss.kl == 0) {
+    throw_field("loss.teacher", "expected none with loss.kl 0, found {}", in_quotes(config.loss.teacher));
+  }
   check_choice("trainable.part", config.trainable.part, {"full", "lora", "scorer"});
   check_range("trainable.lora_rank", config.trainable.lora_rank, 1, 4096);
   check_number("trainable.lora_alpha", config.trainable.lora_alpha, 0, 1e6);
@@ -125,7 +128,9 @@ void check_optimiser(const TrainConfig& config) {
     if (config.trainable.part != "full") {
       throw_field("trainable.part", "expected full without model.base, found {}", in_quotes(config.trainable.part));
     }
-    if (config.loss.kl > 0) throw_field("loss.kl", "expected 0 without model.base, found {}", config.loss.kl);
+    if (config.loss.kl > 0 && config.loss.teacher.empty()) {
+      throw_field("loss.kl", "expected 0 without model.base or loss.teacher, found {}", config.loss.kl);
+    }
     if (config.warm_start.steps > 0) {
       throw_field("warm_start.steps", "expected 0 without model.base, found {}", config.warm_start.steps);
     }
@@ -224,7 +229,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"optimiser.accumulation", &c.optimiser.accumulation, "batches a step"},
 
       {"loss.next_token", &c.loss.next_token, "weight of the cross-entropy with the next token"},
-      {"loss.kl", &c.loss.kl, "weight of KL(dense base || trained model) per token"},
+      {"loss.kl", &c.loss.kl, "weight of KL(teacher || trained model) per token; the teacher has dense attention"},
+      {"loss.teacher", &c.loss.teacher, "GGUF file, Hugging Face folder or smollm2; empty: the base as it was"},
       {"loss.rows", &c.loss.rows, "tokens whose logits exist at once"},
 
       {"trainable.part", &c.trainable.part, "full, lora, or scorer (the base stays as it is)"},

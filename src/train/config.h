@@ -73,6 +73,7 @@ struct OptimiserOptions {
 
 struct LossOptions {
   double next_token = 1, kl = 0;
+  std::string teacher;
   int64_t rows = 2048;
 };
 

@@ -172,7 +172,9 @@ void export_card(const Network& network, const TrainConfig& config, const CardFa
                                config.scorer.hidden > 0 ? fmt::format("MLP of {}", config.scorer.hidden) : "linear",
                                config.scorer.timestep_norm ? "on" : "off", config.scorer.delayed ? "on" : "off"));
   }
-  line("loss", fmt::format("next token x {}, KL to the dense base x {}", config.loss.next_token, config.loss.kl));
+  const std::string teacher = config.loss.teacher.empty() ? "base" : "teacher " + config.loss.teacher;
+  line("loss",
+       fmt::format("next token x {}, KL to the dense {} x {}", config.loss.next_token, teacher, config.loss.kl));
   line("data", config.data.task == "shards" ? config.data.train : "task " + config.data.task);
   line("rows", config.recurrent.chunk > 0 ? fmt::format("whole documents in chunks of {}, gradients through {}",
                                                         config.recurrent.chunk, config.recurrent.bptt_chunks)

@@ -29,7 +29,7 @@ bool is_learned(const TrainConfig& config, const std::string& name, Group group)
   return config.trainable.part == "full";
 }
 
-// The base's own model on tensors that are not trained: shared with the network's where those stay as they are.
+// A dense model on tensors that are not trained: shared with the network's where those stay as they are.
 Network make_teacher(const model::ModelConfig& config, const Parameters& base, const AttentionSettings& settings,
                      const NetworkOptions& options, bool is_shared) {
   Parameters parameters = base;
@@ -42,6 +42,26 @@ Network make_teacher(const model::ModelConfig& config, const Parameters& base, c
   dense.attention.kind = model::AttentionKind::kDense;
   dense.dense_cache = settings.dense_cache;
   return Network(config, std::move(parameters), dense, {.dtype = options.dtype, .device = options.device});
+}
+
+// What loss.teacher names, beside a model of `config`'s shape.
+Network named_teacher(const TrainConfig& run, const model::ModelConfig& config, const AttentionSettings& settings,
+                      const NetworkOptions& options) {
+  const std::string& path = run.loss.teacher;
+  const model::ModelConfig found = model::read_model_config(path);
+  const auto check = [&](const char* what, int64_t expected, int64_t value) {
+    if (value == expected) return;
+    throw_field("loss.teacher", "expected the trained model's {} {}, found {} in {}", what, expected, value, path);
+  };
+  check("vocabulary of", config.vocab_size, found.vocab_size);
+  if (run.warm_start.steps > 0 || holds_lookup_heads(run)) {  // which look at its layers one by one
+    check("number of layers,", config.num_layers, found.num_layers);
+    check("width,", config.dim, found.dim);
+    check("number of heads,", config.num_heads, found.num_heads);
+    check("number of KV heads,", config.num_kv_heads, found.num_kv_heads);
+    check("width of a head,", config.head_dim, found.head_dim);
+  }
+  return make_teacher(found, base_parameters(path), settings, options, /*is_shared=*/true);
 }
 
 }  // namespace
@@ -111,7 +131,10 @@ Session open_session(const TrainConfig& config) {
   });
   const AttentionSettings settings = settings_of(config);
   std::optional<Network> teacher;
-  if (learns_from_teacher(config) || holds_lookup_heads(config)) {
+  const bool needs_teacher = learns_from_teacher(config) || holds_lookup_heads(config);
+  if (needs_teacher && !config.loss.teacher.empty()) {
+    teacher = named_teacher(config, model, settings, options);
+  } else if (needs_teacher) {
     const bool is_shared = config.trainable.part != "full";
     Parameters frozen = is_shared ? parameters : base;
     for (LayerParameters& layer : frozen.layers) {

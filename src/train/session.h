@@ -9,7 +9,7 @@ namespace sparsek::train {
 
 struct Session {
   Network network;
-  // The base with its own dense attention, when a loss, a warm start or look-up heads need it.
+  // The base (or loss.teacher) with its own dense attention, when a loss, a warm start or look-up heads need it.
   std::optional<Network> teacher;
 };
 
@@ -17,7 +17,7 @@ struct Session {
 // the compute type.
 Session open_session(const TrainConfig& config);
 
-// Whether the run, and not its begin alone, looks at the dense base.
+// Whether the run, and not its begin alone, looks at a dense teacher.
 inline bool learns_from_teacher(const TrainConfig& config) {
   return config.loss.kl > 0 || config.warm_start.steps > 0;
 }
