@@ -16,6 +16,7 @@ namespace sparsek::model {
 namespace {
 
 constexpr const char* kFormat = "sparsek-adapter-1";
+constexpr const char* kFormatOfLayers = "sparsek-adapter-2";  // each layer has a budget of its own
 constexpr int64_t kMaxHidden = int64_t{1} << 16;
 
 using Metadata = std::map<std::string, std::string>;
@@ -29,10 +30,12 @@ std::vector<std::pair<std::string, int64_t>> model_sizes(const ModelConfig& mode
 class Reader {
  public:
   explicit Reader(const std::string& path) : file_(path) {
-    if (text("format") != kFormat) {
-      throw_data("{}: metadata format: expected '{}', found {}", path, kFormat, in_quotes(text("format")));
+    if (text("format") != kFormat && !has_layers()) {
+      throw_data("{}: metadata format: expected '{}' or '{}', found {}", path, kFormat, kFormatOfLayers,
+                 in_quotes(text("format")));
     }
   }
+  bool has_layers() const { return text("format") == kFormatOfLayers; }
   const std::string& path() const { return file_.path(); }
 
   const std::string& text(const std::string& key) const {
@@ -98,6 +101,20 @@ void check_model(const Reader& file, const ModelConfig& model) {
   }
 }
 
+std::vector<LayerBudget> read_budgets(const Reader& file, const ModelConfig& model) {
+  std::vector<LayerBudget> layers;
+  try {
+    layers = parse_budgets("layers", file.text("layers"));
+  } catch (const UsageError& error) {
+    throw_data("{}: metadata {}", file.path(), error.what());
+  }
+  if (static_cast<int64_t>(layers.size()) != model.num_layers) {
+    throw_data("{}: metadata layers: expected budgets of {} layers, found {}", file.path(), model.num_layers,
+               layers.size());
+  }
+  return layers;
+}
+
 LayerScorer read_layer(const Reader& file, const ModelConfig& model, int64_t layer) {
   const std::string prefix = fmt::format("layers.{}.", layer);
   LayerScorer scorer;
@@ -135,6 +152,7 @@ Adapter load_adapter(const std::string& path, const ModelConfig& model) {
   adapter.attention.gate = gate == "soft" ? Gate::kSoft : Gate::kHard;
   adapter.attention.topk = file.integer("topk", 1, int64_t{1} << 20);
   adapter.attention.window_size = file.integer("window_size", 1, int64_t{1} << 20);
+  if (file.has_layers()) adapter.attention.layers = read_budgets(file, model);
   adapter.attention.num_sinks = file.integer("num_sinks", 0, int64_t{1} << 20);
   adapter.attention.far_distance = file.integer("far_distance", 0, int64_t{1} << 40);
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
@@ -145,7 +163,8 @@ Adapter load_adapter(const std::string& path, const ModelConfig& model) {
 }
 
 void save_adapter(const std::string& path, const Adapter& adapter, const ModelConfig& model) {
-  Metadata metadata = {{"format", kFormat},
+  const bool has_layers = !adapter.attention.layers.empty();
+  Metadata metadata = {{"format", has_layers ? kFormatOfLayers : kFormat},
                        {"base", adapter.base},
                        {"architecture", name(model.architecture)},
                        {"timestep_norm", adapter.timestep_norm ? "true" : "false"},
@@ -154,6 +173,7 @@ void save_adapter(const std::string& path, const Adapter& adapter, const ModelCo
                        {"window_size", std::to_string(adapter.attention.window_size.value())},
                        {"num_sinks", std::to_string(adapter.attention.num_sinks.value())},
                        {"far_distance", std::to_string(adapter.attention.far_distance.value())}};
+  if (has_layers) metadata["layers"] = budgets_text(adapter.attention.layers);
   for (const auto& [key, value] : model_sizes(model)) metadata[key] = std::to_string(value);
 
   std::vector<at::Tensor> kept;  // what the views point into

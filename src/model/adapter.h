@@ -10,7 +10,9 @@
 //   layers.N.beta, .gamma, .slope  [num_kv_heads]      slope >= 0
 // Metadata, all strings: format "sparsek-adapter-1"; base (for people); architecture, num_layers, dim, num_heads,
 // num_kv_heads, head_dim, vocab_size (a mismatch is refused); timestep_norm true|false; and the attention it was
-// trained with: gate soft|hard, topk, window_size, num_sinks, far_distance (0: off).
+// trained with: gate soft|hard, topk, window_size, num_sinks, far_distance (0: off). Format "sparsek-adapter-2", which
+// programs that read the first alone refuse, has `layers` beside these: "topk+window" of one layer after the other,
+// separated by commas; topk and window_size are their means then.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -1,5 +1,6 @@
 // Attention kinds behind one interface: what a layer does with the queries, keys and values of a chunk and with its
-// state. One object serves all layers; what differs between layers is in LayerState (and in an adapter's weights).
+// state. One object serves all layers; what differs between layers is in LayerState (and in an adapter's weights and
+// budgets).
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -26,7 +27,7 @@ struct AttentionInputs {
 class Attention {
  public:
   virtual ~Attention() = default;
-  virtual LayerState new_state() const = 0;
+  virtual LayerState new_state(int64_t layer) const = 0;
   // Single tokens behind so many do the same work on the same tensors as long as this number stays the same: a step
   // that was recorded can then be repeated. Nothing where each does other work.
   virtual std::optional<int> step_phase(int64_t position) const { return std::nullopt; }

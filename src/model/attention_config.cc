@@ -1,6 +1,7 @@
 #include "model/attention_config.h"
 
 #include <algorithm>
+#include <charconv>
 
 #include "base/error.h"
 #include "data/quote.h"
@@ -84,6 +85,70 @@ Gate parse_gate(const std::string& text) {
   throw_field("gate", "expected soft or hard, found {}", in_quotes(text));
 }
 
+std::string budgets_text(const std::vector<LayerBudget>& layers) {
+  std::string text;
+  for (const LayerBudget& layer : layers) {
+    text += fmt::format("{}{}+{}", text.empty() ? "" : ", ", layer.topk, layer.window_size);
+  }
+  return text;
+}
+
+std::vector<LayerBudget> parse_budgets(const char* field, const std::string& text) {
+  std::vector<LayerBudget> layers;
+  const char *at = text.data(), *const end = at + text.size();
+  const auto refuse = [&] {
+    throw_field(field, "expected topk+window of each layer, each 1 to {}, as 252+256, 508+512; found {}", kMaxKeys,
+                in_quotes(text));
+  };
+  const auto skip = [&] { at = std::find_if(at, end, [](char c) { return c != ' '; }); };
+  const auto number = [&] {
+    skip();
+    int64_t value = 0;
+    const auto [next, error] = std::from_chars(at, end, value);
+    if (error != std::errc() || value < 1 || value > kMaxKeys) refuse();
+    at = next;
+    skip();
+    return value;
+  };
+  const auto separator = [&](char wanted) {
+    if (at == end || *at != wanted) refuse();
+    ++at;
+  };
+  do {
+    if (!layers.empty()) separator(',');
+    const int64_t topk = number();
+    separator('+');
+    layers.push_back({topk, number()});
+  } while (at != end);
+  return layers;
+}
+
+LayerBudget mean_budget(const std::vector<LayerBudget>& layers) {
+  LayerBudget sum;
+  for (const LayerBudget& layer : layers) {
+    sum.topk += layer.topk;
+    sum.window_size += layer.window_size;
+  }
+  const auto count = static_cast<int64_t>(layers.size());
+  return {(sum.topk + count / 2) / count, (sum.window_size + count / 2) / count};
+}
+
+int64_t AttentionConfig::largest_window() const {
+  int64_t largest = window_size;
+  for (const LayerBudget& layer : layers) largest = std::max(largest, layer.window_size);
+  return largest;
+}
+
+AttentionConfig AttentionConfig::of_layer(int64_t layer) const {
+  AttentionConfig config = *this;
+  if (layers.empty()) return config;
+  const LayerBudget& own = layers.at(layer);
+  config.topk = own.topk;
+  config.window_size = own.window_size;
+  config.layers.clear();
+  return config;
+}
+
 AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults* adapter,
                         std::vector<std::string>* notices) {
   AttentionConfig config;
@@ -126,6 +191,12 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
   config.num_sinks =
       in_range("num_sinks", choose("num_sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0,
                kMaxKeys);
+  if (!request.topk && !request.window_size) {
+    config.layers = proposed.layers;
+  } else if (!proposed.layers.empty() && notices != nullptr) {
+    notices->push_back(fmt::format("topk {} window_size {} in every layer instead of the adapter's budgets of layers",
+                                   config.topk, config.window_size));
+  }
   // Far keys stay beyond the window's: an adapter's distance grows with a budget that is larger than the adapter's.
   const int64_t visible = config.num_sinks + config.topk + config.window_size;
   std::optional<int64_t> far_distance = proposed.far_distance;
@@ -146,6 +217,13 @@ std::string describe(const AttentionConfig& config) {
   std::string text = name(config.kind);
   if (config.kind == AttentionKind::kSparsek) text += fmt::format(" topk {}", config.topk);
   text += fmt::format(" window {} sinks {}", config.window_size, config.num_sinks);
+  if (!config.layers.empty()) {
+    const auto keys = [](const LayerBudget& layer) { return layer.topk + layer.window_size; };
+    const auto by_keys = [&](const LayerBudget& a, const LayerBudget& b) { return keys(a) < keys(b); };
+    const auto [least, most] = std::minmax_element(config.layers.begin(), config.layers.end(), by_keys);
+    text += fmt::format(" (means of layers with {} to {} keys)", config.num_sinks + keys(*least),
+                        config.num_sinks + keys(*most));
+  }
   if (config.kind == AttentionKind::kSparsek) {
     const char* scorer = config.scorer == ScorerKind::kWindowMass ? "window_mass"
                          : config.scorer == ScorerKind::kKeyNorm  ? "key_norm"

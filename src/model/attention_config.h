@@ -37,10 +37,24 @@ struct AttentionRequest {
   std::optional<double> slope = {};          // untrained scorers only: an adapter has its own
 };
 
+// How much one layer keeps.
+struct LayerBudget {
+  int64_t topk = 0, window_size = 0;
+  bool operator==(const LayerBudget&) const = default;
+};
+
+// "252+256, 508+512": topk and window of one layer after the other. The inverse throws UsageError naming `field` unless
+// each is a number of 1 to 2^20.
+std::string budgets_text(const std::vector<LayerBudget>& layers);
+std::vector<LayerBudget> parse_budgets(const char* field, const std::string& text);
+// Rounded to the nearest; of at least one layer.
+LayerBudget mean_budget(const std::vector<LayerBudget>& layers);
+
 struct AttentionConfig {
   AttentionKind kind = AttentionKind::kSparsek;
-  int64_t topk = 0;         // 0 unless sparsek
-  int64_t window_size = 0;  // 0: dense
+  int64_t topk = 0;                      // 0 unless sparsek; the layers' mean where they differ, as the next
+  int64_t window_size = 0;               // 0: dense
+  std::vector<LayerBudget> layers = {};  // sparsek only; empty: topk and window_size in all of them
   int64_t num_sinks = 0;
   int64_t far_distance = 0;  // 0: far keys keep their true positions
   Gate gate = Gate::kHard;
@@ -50,11 +64,17 @@ struct AttentionConfig {
   std::string adapter_path = {};    // of ScorerKind::kAdapter
 
   bool has_far_rotary() const { return far_distance > 0; }
+  // Of all layers.
+  int64_t largest_window() const;
+  // What `layer` runs with: its own topk and window_size.
+  AttentionConfig of_layer(int64_t layer) const;
 };
 
 // What an adapter proposes; null members are not proposed.
 struct AttentionDefaults {
   std::optional<int64_t> topk = {}, window_size = {}, num_sinks = {}, far_distance = {};
+  // Of every layer of its model, or empty. A request for topk or window_size hides them.
+  std::vector<LayerBudget> layers = {};
   std::optional<Gate> gate = {};
   bool delayed_scores = false;  // a fact, not a proposal: some layer's alpha is not 0
 };

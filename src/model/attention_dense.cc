@@ -23,7 +23,7 @@ class DenseAttention final : public Attention {
         expected_tokens_(expected_tokens),
         placement_(placement) {}
 
-  LayerState new_state() const override {
+  LayerState new_state(int64_t /*layer*/) const override {
     LayerState state;
     state.k = at::empty({num_kv_heads_, 0, head_dim_}, placement_.options());
     state.v = at::empty({num_kv_heads_, 0, head_dim_}, placement_.options());

@@ -26,44 +26,51 @@ class SparsekAttention final : public Attention {
   SparsekAttention(const ModelConfig& config, const AttentionConfig& attention, const Placement& placement,
                    const Adapter* adapter)
       : scorer_kind_(attention.scorer),
-        untrained_(untrained_scale(config.num_kv_heads, attention.slope, placement)),
-        state_options_(state_options(config, attention, placement.dtype)) {
-    state_options_.device = placement.device;
+        delayed_scores_(attention.delayed_scores),
+        untrained_(untrained_scale(config.num_kv_heads, attention.slope, placement)) {
     if (adapter != nullptr) {
       timestep_norm_ = adapter->timestep_norm;
       for (const LayerScorer& layer : adapter->layers) scorers_.emplace_back(layer, placement);
     }
-    options_.topk = attention.topk;
-    options_.window_size = attention.window_size;
-    options_.num_sinks = attention.num_sinks;
-    options_.gate = name(attention.gate);
-    options_.delayed_scores = attention.delayed_scores;
+    for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+      const AttentionConfig own = attention.of_layer(layer);
+      options_.push_back({.topk = own.topk,
+                          .window_size = own.window_size,
+                          .num_sinks = own.num_sinks,
+                          .gate = name(own.gate),
+                          .delayed_scores = own.delayed_scores});
+      state_options_.push_back(state_options(config, own, placement.dtype));
+      state_options_.back().device = placement.device;
+    }
   }
 
-  LayerState new_state() const override {
+  LayerState new_state(int64_t layer) const override {
     LayerState state;
-    state.sparsek = ops::new_attention_state(state_options_);
+    state.sparsek = ops::new_attention_state(state_options_[layer]);
     return state;
   }
 
-  // Until the window is full no key leaves it, and delayed scores are none.
+  // Until a layer's window is full no key leaves it, and delayed scores are none: counts the layers with full windows.
   std::optional<int> step_phase(int64_t position) const override {
-    return options_.delayed_scores && position < options_.window_size ? 0 : 1;
+    return static_cast<int>(std::count_if(options_.begin(), options_.end(), [&](const ops::AttentionOptions& layer) {
+      return !delayed_scores_ || position >= layer.window_size;
+    }));
   }
 
   at::Tensor forward(const AttentionInputs& in, int64_t layer, int64_t position,
                      LayerState& layer_state) const override {
     ops::AttentionState& state = layer_state.sparsek;
+    const ops::AttentionOptions& options = options_[layer];
     const auto far = [](const at::Tensor& x) { return x.defined() ? ops::MaybeTensor(x) : std::nullopt; };
     const ops::MaybeTensor q_far = far(in.q_far), k_far = far(in.k_far);
     const bool is_step = in.q.size(1) == 1;
 
     at::Tensor y, ring_mass;  // y of the keys that leave the window at the chunk's queries
-    if (options_.delayed_scores) {
+    if (delayed_scores_) {
       if (is_step) {
-        y = ops::leaving_mass(state, options_);
+        y = ops::leaving_mass(state, options);
       } else {
-        std::tie(y, ring_mass) = ops::window_mass_chunk(in.q, in.k, state, options_, q_far, k_far);
+        std::tie(y, ring_mass) = ops::window_mass_chunk(in.q, in.k, state, options, q_far, k_far);
       }
     }
     at::Tensor ring_scores;
@@ -73,23 +80,23 @@ class SparsekAttention final : public Attention {
     } else if (scorer_kind_ == ScorerKind::kAdapter) {
       const Scorer& scorer = scorers_[layer];
       raw = scorer(in.x).view({in.q.size(0), in.q.size(1), -1});
-      if (options_.delayed_scores) {
+      if (delayed_scores_) {
         ring_scores = is_step ? state.ring_scores : state.ring_scores.clone();
-        raw = exchange(raw, state.lengths, ring_scores).add(y, scorer.alpha);
+        raw = exchange(raw, state.lengths, options.window_size, ring_scores).add(y, scorer.alpha);
       }
     }
     // Delayed: query t's key has position position + t - window_size, and there is none before the document's start.
-    const int64_t num_missing = options_.delayed_scores ? options_.window_size - position : 0;
+    const int64_t num_missing = delayed_scores_ ? options.window_size - position : 0;
     const ScoreScale& scale = scorers_.empty() ? untrained_ : scorers_[layer].scale;
     const auto [scores, stats] = normalise(raw, scale, num_missing, state.stats);
 
     at::Tensor out;
     if (is_step) {
-      out = ops::decode_step(in.q, in.k, in.v, scores, state, options_, q_far, k_far);
+      out = ops::decode_step(in.q, in.k, in.v, scores, state, options, q_far, k_far);
     } else {
       at::Tensor softmax_lse;
       ops::AttentionState next;
-      std::tie(out, softmax_lse, next) = ops::attention_chunk(in.q, in.k, in.v, scores, state, options_, q_far, k_far);
+      std::tie(out, softmax_lse, next) = ops::attention_chunk(in.q, in.k, in.v, scores, state, options, q_far, k_far);
       state = std::move(next);
       if (ring_mass.defined()) state.ring_mass = std::move(ring_mass);
     }
@@ -105,19 +112,20 @@ class SparsekAttention final : public Attention {
  private:
   // Puts the raw scores of the chunk's tokens [batch, tokens, num_kv_heads] into the ring [batch, num_kv_heads,
   // window_size] and returns those of the keys that leave it, one per query; zeros stand where there is none yet.
-  at::Tensor exchange(const at::Tensor& raw, const at::Tensor& lengths, at::Tensor& ring_scores) const {
-    const int64_t window = options_.window_size, tokens = raw.size(1), kept = std::min(tokens, window);
+  static at::Tensor exchange(const at::Tensor& raw, const at::Tensor& lengths, int64_t window,
+                             at::Tensor& ring_scores) {
+    const int64_t tokens = raw.size(1), kept = std::min(tokens, window);
     const std::array<int64_t, 3> shape{raw.size(0), raw.size(2), kept};
-    const at::Tensor before = ring_scores.gather(2, ring_rows(lengths, kept).expand(shape)).transpose(1, 2);
+    const at::Tensor before = ring_scores.gather(2, ring_rows(lengths, kept, window).expand(shape)).transpose(1, 2);
     at::Tensor leaving = tokens > window ? at::cat({before, raw.narrow(1, 0, tokens - window)}, 1) : before;
-    ring_scores.scatter_(2, ring_rows(lengths + (tokens - kept), kept).expand(shape),
+    ring_scores.scatter_(2, ring_rows(lengths + (tokens - kept), kept, window).expand(shape),
                          raw.narrow(1, tokens - kept, kept).transpose(1, 2));
     return leaving;
   }
 
   // Ring rows of the positions first .. first + count - 1; first [batch], rows [batch, 1, count].
-  at::Tensor ring_rows(const at::Tensor& first, int64_t count) const {
-    return at::remainder(first.view({-1, 1, 1}) + at::arange(count, first.options()), options_.window_size);
+  static at::Tensor ring_rows(const at::Tensor& first, int64_t count, int64_t window) {
+    return at::remainder(first.view({-1, 1, 1}) + at::arange(count, first.options()), window);
   }
 
   // Eq. 1: raw [batch, tokens, num_kv_heads] -> (scores, new stats). The first num_missing rows are no keys: they
@@ -134,11 +142,12 @@ class SparsekAttention final : public Attention {
   }
 
   ScorerKind scorer_kind_;
+  bool delayed_scores_;
   bool timestep_norm_ = false;
-  std::vector<Scorer> scorers_;  // one a layer, adapters only
-  ScoreScale untrained_;         // without an adapter
-  ops::AttentionOptions options_;
-  ops::AttentionStateOptions state_options_;
+  std::vector<Scorer> scorers_;                 // one a layer, adapters only
+  ScoreScale untrained_;                        // without an adapter
+  std::vector<ops::AttentionOptions> options_;  // one a layer, as the next
+  std::vector<ops::AttentionStateOptions> state_options_;
 };
 
 }  // namespace

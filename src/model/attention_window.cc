@@ -21,7 +21,7 @@ class WindowAttention final : public Attention {
         num_sinks_(attention.num_sinks),
         placement_(placement) {}
 
-  LayerState new_state() const override {
+  LayerState new_state(int64_t /*layer*/) const override {
     LayerState state;
     state.k = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, placement_.options());
     state.v = at::zeros({num_kv_heads_, num_sinks_ + window_size_, head_dim_}, placement_.options());

@@ -39,7 +39,11 @@ int64_t state_size_in_bytes(const ops::AttentionStateOptions& options) {
 int64_t state_size_in_bytes(const ModelConfig& config, const AttentionConfig& attention, at::ScalarType dtype,
                             int64_t tokens) {
   if (attention.kind == AttentionKind::kSparsek) {
-    return config.num_layers * state_size_in_bytes(state_options(config, attention, dtype));
+    int64_t total = 0;
+    for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+      total += state_size_in_bytes(state_options(config, attention.of_layer(layer), dtype));
+    }
+    return total;
   }
   const int64_t rows = attention.kind == AttentionKind::kDense ? tokens : attention.num_sinks + attention.window_size;
   return saturating_multiply(rows, config.num_layers * 2 * config.kv_dim() * size_of(dtype));

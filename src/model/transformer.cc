@@ -60,7 +60,11 @@ int64_t plain_attention_bytes(const ModelConfig& config, const AttentionConfig& 
                               int64_t chunk, int64_t tokens) {
   const int64_t element = static_cast<int64_t>(c10::elementSize(placement.dtype));
   const bool is_dense = attention.kind == AttentionKind::kDense;
-  const int64_t rows = chunk + (is_dense ? tokens : attention.num_sinks + attention.topk + attention.window_size);
+  int64_t visible = attention.num_sinks + attention.topk + attention.window_size;
+  for (const LayerBudget& layer : attention.layers) {
+    visible = std::max(visible, attention.num_sinks + layer.topk + layer.window_size);
+  }
+  const int64_t rows = chunk + (is_dense ? tokens : visible);
   const int64_t gathered = saturating_multiply(rows, 4 * element * (is_dense ? config.q_dim() : config.kv_dim()));
   // Masks, and with a rotary distance of its own for sinks the logits of both kinds.
   const int64_t per_pair = is_dense ? 2 * element : 16 * config.num_heads;
@@ -176,7 +180,9 @@ Transformer Transformer::load(const LoadOptions& options) {
 DecodeState Transformer::new_state() const {
   const c10::InferenceMode inference;
   DecodeState state;
-  for (int64_t i = 0; i < parts_->config.num_layers; ++i) state.layers_.push_back(parts_->attention->new_state());
+  for (int64_t i = 0; i < parts_->config.num_layers; ++i) {
+    state.layers_.push_back(parts_->attention->new_state(i));
+  }
   return state;
 }
 
@@ -200,7 +206,7 @@ DecodeState Transformer::join(const std::vector<const DecodeState*>& states) con
   const std::optional<int> last_phase = parts.attention->step_phase(std::numeric_limits<int64_t>::max());
   TORCH_CHECK(*shortest == *longest || parts.attention->step_phase(*shortest) == last_phase,
               "join: expected documents of one length, or all of at least window_size = ",
-              parts.attention_config.window_size, " tokens, found ", *shortest, " and ", *longest, " tokens");
+              parts.attention_config.largest_window(), " tokens, found ", *shortest, " and ", *longest, " tokens");
   for (int64_t i = 0; i < parts.config.num_layers; ++i) {
     std::vector<ops::AttentionState> layer;
     for (const DecodeState* state : states) layer.push_back(state->layers_[i].sparsek);

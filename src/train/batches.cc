@@ -222,7 +222,7 @@ std::unique_ptr<BatchSource> open_all(const TrainConfig& config, Split split) {
   const DataOptions& data = config.data;
   if (data.task == "shards") return open_shards(config, split);
   // A window can pass something on once a layer: with this gap no window reaches from a question to its pair.
-  const int64_t gap = config.model.num_layers * config.attention.window_size;
+  const int64_t window = largest_window(config.attention), gap = config.model.num_layers * window;
   auto rows = make_recall({.batch = data.batch,
                            .seqlen = data.seqlen,
                            .num_pairs = data.recall_pairs,
@@ -230,7 +230,7 @@ std::unique_ptr<BatchSource> open_all(const TrainConfig& config, Split split) {
                            .num_values = data.recall_values,
                            .num_noise = data.recall_noise,
                            .num_repeats = data.recall_repeats,
-                           .reach = config.attention.window_size,
+                           .reach = window,
                            .gap = gap,
                            .seed = config.run.seed,
                            .split = split});

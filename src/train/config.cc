@@ -37,9 +37,19 @@ void check_attention(const TrainConfig& config) {
   check_range("attention.num_sinks", attention.num_sinks, 0, int64_t{1} << 20);
   check_range("attention.far_distance", attention.far_distance, -1);
   check_range("attention.pool_size", attention.pool_size, -1);
-  if (attention.pool_size > 0 && attention.pool_size <= attention.topk) {
+  int64_t largest_topk = attention.topk;
+  if (!attention.layers.empty()) {
+    largest_topk = 0;
+    for (const model::LayerBudget& layer : model::parse_budgets("attention.layers", attention.layers)) {
+      largest_topk = std::max(largest_topk, layer.topk);
+    }
+    if (config.schedule.anneal_steps > 0) {
+      throw_field("schedule.anneal_steps", "expected 0 with attention.layers, found {}", config.schedule.anneal_steps);
+    }
+  }
+  if (attention.pool_size > 0 && attention.pool_size <= largest_topk) {
     throw_field("attention.pool_size", "expected -1 (default), 0 (no limit) or more than topk {}, found {}",
-                attention.topk, attention.pool_size);
+                largest_topk, attention.pool_size);
   }
   const ScorerOptions& scorer = config.scorer;
   check_range("scorer.hidden", scorer.hidden, 0, int64_t{1} << 16);
@@ -87,7 +97,7 @@ void check_data(const TrainConfig& config) {
     check_range("data.recall_values", data.recall_values, 1);
     check_range("data.recall_noise", data.recall_noise, 1);
     check_range("data.recall_repeats", data.recall_repeats, 0, 16);
-    const int64_t shortest = 2 * (2 + data.recall_repeats) * data.recall_pairs + config.attention.window_size;
+    const int64_t shortest = 2 * (2 + data.recall_repeats) * data.recall_pairs + largest_window(config.attention);
     if (data.seqlen < shortest) {
       throw_field("data.seqlen", "expected at least {} (pairs, questions and a window between them), found {}",
                   shortest, data.seqlen);
@@ -176,6 +186,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"attention.kind", &c.attention.kind, "dense, window or sparsek"},
       {"attention.topk", &c.attention.topk, "selected keys a query"},
       {"attention.window_size", &c.attention.window_size, "keys visible by recency, the query's own included"},
+      {"attention.layers", &c.attention.layers,
+       "sparsek: \"topk+window, topk+window, ...\" of each layer instead of the two"},
       {"attention.num_sinks", &c.attention.num_sinks, "first tokens that stay visible"},
       {"attention.far_distance", &c.attention.far_distance,
        "rotary distance of keys outside the window; 0: their own; "
@@ -283,6 +295,15 @@ void check_config(const TrainConfig& config) {
   check_range("checkpoint.keep", config.checkpoint.keep, 1);
 }
 
+int64_t largest_window(const AttentionOptions& attention) {
+  if (attention.layers.empty()) return attention.window_size;
+  int64_t largest = 0;
+  for (const model::LayerBudget& layer : model::parse_budgets("attention.layers", attention.layers)) {
+    largest = std::max(largest, layer.window_size);
+  }
+  return largest;
+}
+
 model::AttentionConfig attention_config(const TrainConfig& config) {
   const AttentionOptions& options = config.attention;
   model::AttentionConfig attention;
@@ -293,6 +314,12 @@ model::AttentionConfig attention_config(const TrainConfig& config) {
   if (attention.kind == model::AttentionKind::kSparsek) {
     attention.topk = options.topk;
     attention.gate = model::parse_gate(options.gate);
+    if (!options.layers.empty()) {
+      attention.layers = model::parse_budgets("attention.layers", options.layers);
+      const model::LayerBudget mean = model::mean_budget(attention.layers);
+      attention.topk = mean.topk;
+      attention.window_size = mean.window_size;
+    }
     attention.scorer = model::ScorerKind::kAdapter;
     attention.delayed_scores = config.scorer.delayed;
     attention.slope = 0;

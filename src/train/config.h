@@ -33,6 +33,7 @@ struct ModelOptions {
 struct AttentionOptions {
   std::string kind = "sparsek";
   int64_t topk = 512, window_size = 508, num_sinks = 4;
+  std::string layers;
   int64_t far_distance = -1;
   int64_t pool_size = -1;
   std::string gate = "soft";
@@ -136,7 +137,10 @@ void check_config(const TrainConfig& config);
 // TOML, every key with its meaning.
 std::string config_text(TrainConfig config);
 
-// attention.* as the model takes it; far_distance -1 becomes sinks + topk + window.
+// Of the layers, or of all of them alike; whatever the kind.
+int64_t largest_window(const AttentionOptions& attention);
+
+// attention.* as the model takes it; far_distance -1 becomes sinks + topk + window, of layers that differ their means.
 model::AttentionConfig attention_config(const TrainConfig& config);
 
 }  // namespace sparsek::train

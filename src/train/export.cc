@@ -126,6 +126,7 @@ void export_adapter(const Network& network, const TrainConfig& config, const std
                        .window_size = attention.window_size,
                        .num_sinks = attention.num_sinks,
                        .far_distance = attention.far_distance,
+                       .layers = attention.layers,
                        .gate = attention.gate};
   const auto plain = [](const at::Tensor& x) { return x.defined() ? x.detach().cpu() : x; };
   for (const LayerParameters& layer : network.parameters().layers) {

@@ -28,6 +28,12 @@ void Network::set_sizes(int64_t topk, int64_t window_size) {
   settings_.attention.window_size = window_size;
 }
 
+AttentionSettings Network::settings_of_layer(int64_t layer) const {
+  AttentionSettings settings = settings_;
+  settings.attention = settings_.attention.of_layer(layer);
+  return settings;
+}
+
 Layout Network::layout(int64_t batch, int64_t seqlen, std::vector<int32_t> document_ends,
                        std::vector<int64_t> positions) const {
   return make_layout(rope_, batch, seqlen, std::move(document_ends), std::move(positions), options_.device,
@@ -37,7 +43,7 @@ Layout Network::layout(int64_t batch, int64_t seqlen, std::vector<int32_t> docum
 std::vector<LayerState> Network::new_states(int64_t batch) const {
   std::vector<LayerState> states;
   for (int64_t i = 0; i < config_.num_layers; ++i) {
-    states.push_back(new_layer_state(settings_, config_, batch, options_.dtype, options_.device));
+    states.push_back(new_layer_state(settings_of_layer(i), config_, batch, options_.dtype, options_.device));
   }
   return states;
 }
@@ -87,12 +93,12 @@ AttentionInputs Network::project(const LayerParameters& layer, const at::Tensor&
   return {.x = x, .q = q, .k = k, .v = v, .q_far = q_far, .k_far = k_far};
 }
 
-Network::Stream Network::layer_forward(const LayerParameters& layer, Stream stream, const Layout& layout,
+Network::Stream Network::layer_forward(int64_t index, const LayerParameters& layer, Stream stream, const Layout& layout,
                                        LayerState* state,
                                        const std::function<void(const AttentionInputs&)>& watch) const {
   const AttentionInputs in = project(layer, norm(stream, layer.attention_norm), layout);
   if (watch) watch(in);
-  auto [out, next] = attend(settings_, layer, in, layout, state);
+  auto [out, next] = attend(settings_of_layer(index), layer, in, layout, state);
   if (state != nullptr) *state = std::move(next);
   stream.update =
       product(out.flatten(-2), layer.attention_output, layer.attention_output_bias, layer.attention_output_lora);
@@ -104,10 +110,11 @@ Network::Stream Network::layer_forward(const LayerParameters& layer, Stream stre
 at::Tensor Network::forward(const at::Tensor& ids, const Layout& layout, std::vector<LayerState>* states) const {
   Stream stream{embed(ids), {}};
   for (size_t i = 0; i < parameters_.layers.size(); ++i) {
+    const auto index = static_cast<int64_t>(i);
     const LayerParameters& layer = parameters_.layers[i];
     LayerState* state = states != nullptr ? &(*states)[i] : nullptr;
     if (!options_.recompute || !at::GradMode::is_enabled()) {
-      stream = layer_forward(layer, std::move(stream), layout, state, {});
+      stream = layer_forward(index, layer, std::move(stream), layout, state, {});
       continue;
     }
     // inputs: the stream, the layer's parameters, the carried tensors; outputs: the stream, the carried tensors.
@@ -120,7 +127,8 @@ at::Tensor Network::forward(const at::Tensor& ids, const Layout& layout, std::ve
     }
     const LayerState like = state != nullptr ? detached(*state) : LayerState();
     const bool has_state = state != nullptr;
-    const auto function = [this, shape = layer, layout, like, has_state, has_update](const Tensors& given) -> Tensors {
+    const auto function = [this, index, shape = layer, layout, like, has_state,
+                           has_update](const Tensors& given) -> Tensors {
       LayerParameters local = shape;
       size_t next = 0;
       Stream from{given[next++], {}};
@@ -128,7 +136,7 @@ at::Tensor Network::forward(const at::Tensor& ids, const Layout& layout, std::ve
       visit_layer(local, [&](const char*, at::Tensor& tensor, Group) { tensor = given[next++]; });
       LayerState carried;
       if (has_state) carried = with_tensors(like, {given.begin() + static_cast<std::ptrdiff_t>(next), given.end()});
-      const Stream to = layer_forward(local, std::move(from), layout, has_state ? &carried : nullptr, {});
+      const Stream to = layer_forward(index, local, std::move(from), layout, has_state ? &carried : nullptr, {});
       Tensors outputs = {to.residual, to.update};
       if (has_state) {
         for (const at::Tensor& tensor : tensors_of(carried)) outputs.push_back(tensor);
@@ -145,8 +153,9 @@ at::Tensor Network::forward(const at::Tensor& ids, const Layout& layout, std::ve
 at::Tensor Network::forward_watched(const at::Tensor& ids, const Layout& layout, const Watch& watch) const {
   Stream stream{embed(ids), {}};
   for (size_t i = 0; i < parameters_.layers.size(); ++i) {
-    stream = layer_forward(parameters_.layers[i], std::move(stream), layout, nullptr,
-                           [&](const AttentionInputs& in) { watch(static_cast<int64_t>(i), in); });
+    const auto index = static_cast<int64_t>(i);
+    stream = layer_forward(index, parameters_.layers[i], std::move(stream), layout, nullptr,
+                           [&](const AttentionInputs& in) { watch(index, in); });
   }
   return norm(stream, parameters_.final_norm);
 }

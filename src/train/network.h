@@ -32,6 +32,8 @@ class Network {
 
   const model::ModelConfig& config() const { return config_; }
   const AttentionSettings& settings() const { return settings_; }
+  // With the budget of this layer.
+  AttentionSettings settings_of_layer(int64_t layer) const;
   const NetworkOptions& options() const { return options_; }
   Parameters& parameters() { return parameters_; }
   const Parameters& parameters() const { return parameters_; }
@@ -64,8 +66,8 @@ class Network {
   at::Tensor norm(Stream& stream, const at::Tensor& weight) const;
   at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const Lora& lora) const;
   AttentionInputs project(const LayerParameters& layer, const at::Tensor& x, const Layout& layout) const;
-  Stream layer_forward(const LayerParameters& layer, Stream stream, const Layout& layout, LayerState* state,
-                       const std::function<void(const AttentionInputs&)>& watch) const;
+  Stream layer_forward(int64_t index, const LayerParameters& layer, Stream stream, const Layout& layout,
+                       LayerState* state, const std::function<void(const AttentionInputs&)>& watch) const;
 
   model::ModelConfig config_;
   Parameters parameters_;

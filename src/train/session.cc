@@ -130,6 +130,10 @@ Session open_session(const TrainConfig& config) {
     }
   });
   const AttentionSettings settings = settings_of(config);
+  const auto num_budgets = static_cast<int64_t>(settings.attention.layers.size());
+  if (num_budgets > 0 && num_budgets != model.num_layers) {
+    throw_field("attention.layers", "expected budgets of {} layers, found {}", model.num_layers, num_budgets);
+  }
   std::optional<Network> teacher;
   const bool needs_teacher = learns_from_teacher(config) || holds_lookup_heads(config);
   if (needs_teacher && !config.loss.teacher.empty()) {

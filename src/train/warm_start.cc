@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "train/optimiser.h"
 
@@ -52,8 +53,10 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
   options.warmup_steps = std::min<int64_t>(options.warmup_steps, config.warm_start.steps / 10);
   Optimiser optimiser(scorers, options, config.warm_start.steps);
 
-  const AttentionSettings& settings = session.network.settings();
-  const int64_t window_size = settings.attention.window_size;
+  std::vector<AttentionSettings> settings;  // of each layer
+  for (size_t layer = 0; layer < scorers.layers.size(); ++layer) {
+    settings.push_back(session.network.settings_of_layer(static_cast<int64_t>(layer)));
+  }
   const std::string begin = batches.position();
   for (int64_t step = 0; step < config.warm_start.steps; ++step) {
     if (should_stop()) return false;
@@ -70,15 +73,16 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
         const int64_t count = end - first;
         const at::Tensor document = ids.narrow(1, first, count);
         first = end;
-        if (count <= window_size) continue;
         const Layout layout = teacher.layout(ids.size(0), count);
         const double share = static_cast<double>(count) / static_cast<double>(ids.size(1));
         teacher.forward_watched(document, layout, [&](int64_t index, const AttentionInputs& in) {
+          const int64_t window_size = settings[index].attention.window_size;
+          if (count <= window_size) return;
           const FutureMass target = future_mass(in, window_size, kBlock);
           // Few later queries make a noisy mean: such keys count less.
           const at::Tensor weight = (target.counts / static_cast<double>(window_size)).clamp_max(1).unsqueeze(1);
           const at::AutoGradMode with_grad(true);
-          const at::Tensor u = scores(settings, scorers.layers[index], in, layout);
+          const at::Tensor u = scores(settings[index], scorers.layers[index], in, layout);
           // A constant changes no selection (eq. 2): it is not fitted.
           const at::Tensor error = u - target.log_mass;
           const at::Tensor centred = error - (error * weight).sum(1, /*keepdim=*/true) / weight.sum();

@@ -103,6 +103,42 @@ TEST(AttentionConfig, FarKeysStayBeyondALargerWindow) {
   EXPECT_EQ(distance({.window_size = 4096, .far_distance = 0}), 0);
 }
 
+TEST(AttentionConfig, LayersHaveTheirOwnBudgets) {
+  const std::vector<LayerBudget> layers = {{8, 12}, {30, 5}, {9, 13}};
+  EXPECT_EQ(budgets_text(layers), "8+12, 30+5, 9+13");
+  EXPECT_EQ(parse_budgets("layers", "8+12, 30+5, 9+13"), layers);
+  EXPECT_EQ(parse_budgets("layers", " 8 + 12,30+5 ,9+13 "), layers);
+  for (const char* bad : {"", " ", "8", "8+", "8+12,", ",8+12", "8+12 30+5", "8+12;30+5", "0+12", "8+0", "-8+12",
+                          "8+12x", "8++12", "8+1048577", "99999999999999999999+1"}) {
+    EXPECT_THAT(message_of<UsageError>([&] { parse_budgets("attention.layers", bad); }),
+                AllOf(StartsWith("attention.layers: "), HasSubstr("topk+window")))
+        << bad;
+  }
+  EXPECT_EQ(mean_budget(layers), (LayerBudget{16, 10}));  // 47 / 3, 30 / 3
+
+  AttentionDefaults adapter;
+  adapter.topk = 16;
+  adapter.window_size = 10;
+  adapter.num_sinks = 2;
+  adapter.layers = layers;
+  const AttentionConfig config = resolve({.scorer = "a.safetensors"}, &adapter, nullptr);
+  EXPECT_EQ(config.layers, layers);
+  EXPECT_EQ(config.far_distance, 28);
+  EXPECT_EQ(config.largest_window(), 13);
+  EXPECT_EQ(config.of_layer(1).topk, 30);
+  EXPECT_EQ(config.of_layer(1).window_size, 5);
+  EXPECT_EQ(config.of_layer(2).window_size, 13);
+  EXPECT_THAT(describe(config), HasSubstr("topk 16 window 10 sinks 2 (means of layers with 22 to 37 keys)"));
+
+  std::vector<std::string> notices;
+  const AttentionConfig hidden = resolve({.window_size = 20, .scorer = "a.safetensors"}, &adapter, &notices);
+  EXPECT_TRUE(hidden.layers.empty());
+  EXPECT_EQ(hidden.of_layer(1).topk, 16);
+  EXPECT_EQ(hidden.of_layer(1).window_size, 20);
+  EXPECT_THAT(notices, testing::Contains(HasSubstr("topk 16 window_size 20 in every layer")));
+  EXPECT_TRUE(resolve({.kind = AttentionKind::kWindow}, &adapter, nullptr).layers.empty());
+}
+
 TEST(AttentionConfig, ParsesItsOwnNames) {
   for (AttentionKind kind : {AttentionKind::kDense, AttentionKind::kWindow, AttentionKind::kSparsek}) {
     EXPECT_EQ(parse_attention_kind(name(kind)), kind);

@@ -82,12 +82,14 @@ class TransformerTest : public testing::Test {
         {.path = folder_.path(), .attention = attention, .placement = {.dtype = dtype, .plain = plain}});
   }
   // A random adapter; hidden 0: linear. Returns its path.
-  std::string adapter(double alpha, int64_t hidden, bool timestep_norm) const {
+  std::string adapter(double alpha, int64_t hidden, bool timestep_norm,
+                      const std::vector<LayerBudget>& layers = {}) const {
     at::manual_seed(test::kTinySeed);
     Adapter adapter;
     adapter.base = "tiny";
     adapter.timestep_norm = timestep_norm;
-    adapter.attention = {.topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 22, .gate = Gate::kSoft};
+    adapter.attention = {
+        .topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 22, .layers = layers, .gate = Gate::kSoft};
     for (int64_t i = 0; i < config_.num_layers; ++i) {
       LayerScorer layer;
       if (hidden > 0) {
@@ -101,7 +103,7 @@ class TransformerTest : public testing::Test {
       layer.slope = at::rand({config_.num_kv_heads});
       adapter.layers.push_back(layer);
     }
-    const std::string path = folder_.file("adapter.safetensors");
+    const std::string path = folder_.file(fmt::format("adapter{}.safetensors", layers.size()));
     save_adapter(path, adapter, config_);
     return path;
   }
@@ -153,6 +155,38 @@ TEST_F(TransformerTest, AdaptersGiveTheSameLogitsInAnyCut) {
       }
     }
   }
+}
+
+TEST_F(TransformerTest, LayersHaveTheirOwnBudgets) {
+  std::vector<int32_t> ids = random_ids(90);
+  for (const double alpha : {0.0, 0.7}) {
+    const std::vector<float> alike = read(load({.scorer = adapter(alpha, 6, true)}), ids, {90});
+    EXPECT_EQ(read(load({.scorer = adapter(alpha, 6, true, {{8, 12}, {8, 12}})}), ids, {90}), alike);
+    std::vector<std::vector<float>> variants = {alike};
+    for (const std::vector<LayerBudget>& layers : {std::vector<LayerBudget>{{3, 17}, {40, 5}}, {{40, 5}, {3, 17}}}) {
+      const std::string path = adapter(alpha, 6, true, layers);
+      EXPECT_EQ(load_adapter(path, config_).attention.layers, layers);
+      for (const bool plain : {false, true}) {
+        const Transformer model = load({.scorer = path}, at::kFloat, plain);
+        const std::vector<float> whole = read(model, ids, {90});
+        for (const std::vector<int64_t>& pieces :
+             std::vector<std::vector<int64_t>>{{1}, {7}, {30}, {3, 1, 1, 40, 2, 1}}) {
+          EXPECT_LE(max_difference(read(model, ids, pieces), whole), 2e-4)
+              << "alpha " << alpha << " pieces " << testing::PrintToString(pieces);
+        }
+        if (plain) continue;
+        for (const std::vector<float>& other : variants) EXPECT_GT(max_difference(whole, other), 1e-3);
+        variants.push_back(whole);
+      }
+    }
+    // Asked for, one budget is every layer's.
+    const AttentionRequest request{.topk = 8, .window_size = 12, .scorer = adapter(alpha, 6, true, {{3, 17}, {40, 5}})};
+    EXPECT_EQ(read(load(request), ids, {90}), alike);
+  }
+  // Where one layer sees everything, that layer is dense: both do, and there is no far distance.
+  AttentionRequest all{.far_distance = 0, .scorer = adapter(0, 6, true, {{90, 2}, {1, 90}})};
+  all.num_sinks = 0;
+  EXPECT_LE(max_difference(read(load(all), ids, {90}), read(load({.kind = AttentionKind::kDense}), ids, {90})), 2e-4);
 }
 
 // window_mass with a slope is the adapter whose scorer gives 0 and whose alpha is 1.
@@ -283,6 +317,7 @@ TEST_F(TransformerTest, DocumentsSideBySideAreThoseOfEachAlone) {
       {.topk = 8, .window_size = 12, .num_sinks = 2},
       {.topk = 8, .window_size = 12, .num_sinks = 2, .gate = Gate::kSoft, .far_distance = 0, .scorer = "key_norm"},
       {.scorer = adapter(/*alpha=*/0.7, /*hidden=*/6, /*timestep_norm=*/true)},
+      {.scorer = adapter(/*alpha=*/0.7, /*hidden=*/6, /*timestep_norm=*/true, {{3, 13}, {20, 7}})},
   };
   constexpr int64_t kSteps = 25;
   for (const AttentionRequest& request : requests) {
@@ -465,6 +500,15 @@ TEST_F(TransformerTest, StateBytesOfEveryKindAreThoseOfTheState) {
   }
   const Transformer delayed = load({.scorer = adapter(/*alpha=*/0.5, /*hidden=*/0, /*timestep_norm=*/true)});
   EXPECT_EQ(state_size_in_bytes(config_, delayed.attention(), at::kFloat, 30), delayed.new_state().size_in_bytes());
+  const Transformer layered = load({.scorer = adapter(/*alpha=*/0.5, 0, /*timestep_norm=*/true, {{3, 17}, {40, 5}})});
+  EXPECT_EQ(state_size_in_bytes(config_, layered.attention(), at::kFloat, 30), layered.new_state().size_in_bytes());
+  int64_t sum = 0;  // a state of two layers of one budget is twice a layer's
+  for (const LayerBudget& budget : layered.attention().layers) {
+    AttentionConfig alike = layered.attention();
+    alike.layers = {budget, budget};
+    sum += state_size_in_bytes(config_, alike, at::kFloat, 30);
+  }
+  EXPECT_EQ(sum, 2 * layered.new_state().size_in_bytes());
 }
 
 TEST_F(TransformerTest, RefusesIdsOutsideTheVocabulary) {
@@ -503,6 +547,9 @@ TEST_F(TransformerTest, RefusesAdaptersOfOtherModelsAndDamagedOnes) {
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers[0].slope.fill_(-1); }), HasSubstr("slope"));
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.topk = 0; }), HasSubstr("topk"));
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers.pop_back(); }), HasSubstr("layers.1"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.layers = {{8, 12}}; }), HasSubstr("of 2 layers, found 1"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.layers = {{8, 12}, {0, 3}}; }),
+              AllOf(HasSubstr("bad.safetensors"), HasSubstr("0+3")));
   EXPECT_THAT(message_of<DataError>([&] { load_adapter(folder_.file("model.safetensors"), config_); }),
               HasSubstr("format"));
 }

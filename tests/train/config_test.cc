@@ -65,6 +65,16 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(kRecall, {"scorer.lookup_slope=-1"}), HasSubstr("scorer.lookup_slope"));
   EXPECT_THAT(problem(kRecall, {"scorer.lookup_heads=2", "recurrent.chunk=16"}), HasSubstr("fewer than 32 tokens"));
   EXPECT_THAT(problem(kRecall, {"attention.pool_size=100"}), HasSubstr("more than topk"));
+  EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 8"}),
+              AllOf(HasSubstr("attention.layers"), HasSubstr("topk+window")));
+  EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 600+12", "attention.pool_size=550"}),
+              HasSubstr("more than topk 600"));
+  EXPECT_THAT(problem(kRecall, {"attention.layers=8+12", "schedule.anneal_steps=10"}),
+              HasSubstr("expected 0 with attention.layers"));
+  EXPECT_EQ(problem(kRecall, {"attention.layers=8+12, 600+12"}), "no exception");
+  EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 8+9000"}), HasSubstr("data.seqlen"));  // a window's reach
+  EXPECT_THAT(problem(kRecall, {"loss.teacher=smollm2"}), HasSubstr("expected none with loss.kl 0"));
+  EXPECT_EQ(problem(kRecall, {"loss.teacher=smollm2", "loss.kl=1"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=10", "recurrent.chunk=64"}), HasSubstr("recurrent.chunk"));
   EXPECT_THAT(problem(kRecall, {"schedule.topk_from=600"}), HasSubstr("schedule.anneal_steps"));
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=9", "schedule.topk_from=900", "attention.pool_size=600"}),

@@ -32,6 +32,7 @@ struct InferenceCase {
   double alpha;
   int64_t hidden;
   bool timestep_norm;
+  std::vector<model::LayerBudget> layers = {};
 };
 
 class AgainstInference : public testing::TestWithParam<InferenceCase> {};
@@ -53,6 +54,8 @@ TEST_P(AgainstInference, SameLosses) {
   }
   if (c.kind == AttentionKind::kSparsek) {
     settings.attention.topk = *(request.topk = 8);
+    settings.attention.layers = c.layers;
+    if (!c.layers.empty()) request.topk = request.window_size = std::nullopt;  // the adapter's
     settings.attention.gate = *(request.gate = Gate::kSoft);
     settings.attention.delayed_scores = c.alpha != 0;
     settings.timestep_norm = c.timestep_norm;
@@ -64,8 +67,12 @@ TEST_P(AgainstInference, SameLosses) {
     add_scorers(parameters, config, scorer, 3);
     model::Adapter adapter;
     adapter.timestep_norm = c.timestep_norm;
-    adapter.attention = {
-        .topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = c.far_distance, .gate = Gate::kSoft};
+    adapter.attention = {.topk = 8,
+                         .window_size = 12,
+                         .num_sinks = 2,
+                         .far_distance = c.far_distance,
+                         .layers = c.layers,
+                         .gate = Gate::kSoft};
     for (const LayerParameters& layer : parameters.layers) {
       adapter.layers.push_back(
           {layer.scorer_hidden, layer.scorer_hidden_bias, layer.scorer, c.alpha, layer.beta, layer.gamma, layer.slope});
@@ -96,16 +103,18 @@ TEST_P(AgainstInference, SameLosses) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, AgainstInference,
-                         testing::Values(InferenceCase{"dense", AttentionKind::kDense, 0, 0, 0, true},
-                                         InferenceCase{"window", AttentionKind::kWindow, 0, 0, 0, true},
-                                         InferenceCase{"window_far", AttentionKind::kWindow, 14, 0, 0, true},
-                                         InferenceCase{"linear", AttentionKind::kSparsek, 0, 0, 0, true},
-                                         InferenceCase{"mlp_far", AttentionKind::kSparsek, 22, 0, 6, true},
-                                         InferenceCase{"mlp_delayed_far", AttentionKind::kSparsek, 22, 0.7, 6, true},
-                                         InferenceCase{"linear_delayed_plain", AttentionKind::kSparsek, 0, 0.7, 0,
-                                                       false}),
-                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, AgainstInference,
+    testing::Values(InferenceCase{"dense", AttentionKind::kDense, 0, 0, 0, true},
+                    InferenceCase{"window", AttentionKind::kWindow, 0, 0, 0, true},
+                    InferenceCase{"window_far", AttentionKind::kWindow, 14, 0, 0, true},
+                    InferenceCase{"linear", AttentionKind::kSparsek, 0, 0, 0, true},
+                    InferenceCase{"mlp_far", AttentionKind::kSparsek, 22, 0, 6, true},
+                    InferenceCase{"mlp_delayed_far", AttentionKind::kSparsek, 22, 0.7, 6, true},
+                    InferenceCase{"linear_delayed_plain", AttentionKind::kSparsek, 0, 0.7, 0, false},
+                    InferenceCase{"layers", AttentionKind::kSparsek, 22, 0, 6, true, {{3, 17}, {20, 5}}},
+                    InferenceCase{"layers_delayed", AttentionKind::kSparsek, 22, 0.7, 6, true, {{3, 17}, {20, 5}}}),
+    [](const auto& info) { return info.param.name; });
 
 class EveryKind : public testing::TestWithParam<AttentionKind> {};
 

@@ -18,6 +18,7 @@ struct TinyOptions {
   int64_t hidden = 6;
   bool timestep_norm = true, delayed = true, recompute = false, cut_gradient = false;
   at::ScalarType dtype = at::kDouble;
+  std::vector<model::LayerBudget> layers = {};
 };
 
 inline Network tiny_network(const TinyOptions& options) {
@@ -38,6 +39,7 @@ inline Network tiny_network(const TinyOptions& options) {
   settings.attention.window_size = options.kind == model::AttentionKind::kDense ? 0 : options.window_size;
   settings.attention.num_sinks = options.kind == model::AttentionKind::kDense ? 0 : options.num_sinks;
   settings.attention.far_distance = options.kind == model::AttentionKind::kDense ? 0 : options.far_distance;
+  settings.attention.layers = options.layers;
   settings.attention.gate = options.gate;
   settings.attention.scorer = model::ScorerKind::kAdapter;
   settings.attention.delayed_scores = options.kind == model::AttentionKind::kSparsek && options.delayed;

@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/folder_lock.h"
+#include "model/adapter.h"
 #include "model/transformer.h"
 #include "tests/model/tiny_model.h"
 #include "train/batches.h"
@@ -106,6 +107,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"recurrent_window", {"recurrent.chunk=16", "attention.kind=window"}},
                     Case{"recurrent_dense", {"recurrent.chunk=16", "attention.kind=dense", "recurrent.dense_cache=20"}},
                     Case{"annealed", {"schedule.anneal_steps=4", "schedule.topk_from=12", "schedule.window_from=12"}},
+                    Case{"layers", {"attention.layers=4+10, 9+3", "recurrent.chunk=24"}},
+                    Case{"layers_warm", {"attention.layers=4+10, 9+3", "warm_start.steps=2"}, true},
                     Case{"scorer_kl", {"trainable.part=scorer", "loss.kl=1", "loss.next_token=0"}, true},
                     Case{"scorer_kl_recurrent", {"trainable.part=scorer", "loss.kl=1", "recurrent.chunk=24"}, true},
                     Case{"lookup_heads", {"trainable.part=scorer", "loss.kl=1", "scorer.lookup_heads=3"}, true},
@@ -273,6 +276,54 @@ TEST(Trainer, VocabularyMustFit) {
   const TemporaryFolder folder;
   EXPECT_THAT(message_of<DataError>([&] { train(tiny_config(folder.file("run"), {"model.vocab_size=17"}), {}, {}); }),
               AllOf(HasSubstr("17"), HasSubstr("18")));
+}
+
+TEST(Trainer, BudgetsAreOfEveryLayer) {
+  const TemporaryFolder folder;
+  EXPECT_THAT(message_of<UsageError>(
+                  [&] { train(tiny_config(folder.file("run"), {"attention.layers=4+10, 9+3, 9+3"}), {}, {}); }),
+              AllOf(HasSubstr("attention.layers"), HasSubstr("of 2 layers, found 3")));
+  train(tiny_config(folder.file("run"), {"attention.layers=4+10, 9+3", "attention.num_sinks=1"}), {}, {});
+  const model::Adapter adapter = model::load_adapter(folder.file("run/model/adapter.safetensors"),
+                                                     model::read_model_config(folder.file("run/model")));
+  EXPECT_EQ(adapter.attention.layers, (std::vector<model::LayerBudget>{{4, 10}, {9, 3}}));
+  EXPECT_EQ(adapter.attention.topk, 7);
+  EXPECT_EQ(adapter.attention.window_size, 7);
+  EXPECT_EQ(adapter.attention.far_distance, 15);
+}
+
+// The base itself as teacher is what there is without one; another model teaches something else.
+TEST(Trainer, TeacherMayBeAnotherModel) {
+  const TemporaryFolder folder;
+  sparsek::test::TinyModel model = sparsek::test::tiny_llama();
+  for (const char* name : {"base", "other", "words"}) fs::create_directory(folder.file(name));
+  model.write(folder.file("base"));
+  for (float& value : model.tensors.at("model.norm.weight").values) value *= 2;
+  model.write(folder.file("other"));
+  const auto kl = [&](const std::string& teacher) {
+    const std::string run = "run-" + (teacher.empty() ? "none" : teacher);
+    std::vector<std::string> more = {"model.base=" + folder.file("base"), "loss.kl=1", "run.steps=1"};
+    if (!teacher.empty()) more.push_back("loss.teacher=" + folder.file(teacher));
+    double found = -1;
+    Observer observer;
+    observer.on_step = [&](const StepReport& report) { found = report.kl; };
+    train(tiny_config(folder.file(run), more), {}, observer);
+    return found;
+  };
+  const double own = kl("");
+  EXPECT_EQ(kl("base"), own);
+  EXPECT_GT(kl("other"), 1.5 * own);
+
+  model.config["vocab_size"] = 60;
+  for (const char* name : {"model.embed_tokens.weight", "lm_head.weight"}) {
+    if (const auto it = model.tensors.find(name); it != model.tensors.end()) {
+      it->second.shape[0] = 60;
+      it->second.values.resize(60 * 32);
+    }
+  }
+  model.write(folder.file("words"));
+  EXPECT_THAT(message_of<UsageError>([&] { kl("words"); }),
+              AllOf(HasSubstr("loss.teacher"), HasSubstr("vocabulary of 61"), HasSubstr("found 60")));
 }
 
 TEST(Trainer, LookupHeadsAreTheBases) {
