@@ -63,6 +63,9 @@ endforeach()
 # Our programs name no symbol of libtorch_cuda, which registers its kernels when it is loaded; and what it needs itself lies in
 # folders that only the loader finds.
 target_link_options(sparsek_torch INTERFACE LINKER:--no-as-needed)
+# The C++ library is asked before torch's: some builds of those export parts of one of their own (2.11 with CUDA has a
+# std::filesystem::remove_all that jumps to address 0).
+target_link_options(sparsek_torch INTERFACE -lstdc++)
 if(TARGET torch::torch_cuda)
   target_link_options(sparsek_torch INTERFACE LINKER:--allow-shlib-undefined)
   # What the headers of such a torch include: the toolkit's, or those that came with torch, where they are whole (the runtime's
