@@ -35,9 +35,9 @@ void add_attention_options(CLI::App& command, ModelConfig& config, AttentionFlag
       ->required();
   command.add_option("--attention", flags.kind, "dense, window or sparsek")->capture_default_str();
   add_count(command, "--topk", config.attention.topk,
-            "selected keys a query (sparsek; default: the adapter's, of smollm2 508; else 124)");
+            "selected keys a query (sparsek; default: the adapter's, a number a layer of smollm2's; else 124)");
   add_count(command, "--window", config.attention.window_size,
-            "keys visible by recency (default: the adapter's, of smollm2 512; else 896, window: 1020)");
+            "keys visible by recency (default: the adapter's, as --topk; else 896, window: 1020)");
   add_count(command, "--sinks", config.attention.num_sinks,
             "first tokens that stay visible (default: the adapter's, else 4)");
   command.add_option("--gate", flags.gate,

@@ -126,11 +126,11 @@ void add_common(CLI::App& command, TrainArguments& arguments) {
 }
 
 // Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that
-// says of its texts.
+// says of its texts and of SmolLM2's layers and heads.
 const std::vector<std::string> kRecipe = {
-    "attention.topk=508", "attention.window_size=512", "scorer.hidden=64",          "scorer.delayed=false",
-    "scorer.slope=1",     "optimiser.scorer_lr=1e-3",  "optimiser.warmup_steps=20", "optimiser.weight_decay=0",
-    "warm_start.steps=60"};
+    "attention.topk=508",       "attention.window_size=512", "scorer.hidden=64",         "scorer.delayed=false",
+    "scorer.slope=0.5",         "optimiser.scale_lr=2e-2",   "optimiser.scorer_lr=1e-3", "optimiser.warmup_steps=20",
+    "optimiser.weight_decay=0", "warm_start.steps=60"};
 
 }  // namespace
 

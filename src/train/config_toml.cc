@@ -151,6 +151,22 @@ std::string value_text(const ConfigKey& key) {
   return quoted + "\"";
 }
 
+// A budget that is asked for on the command line is not hidden by the layers of a file.
+void refuse_hidden_budgets(const TrainConfig& config, const std::vector<std::string>& overrides) {
+  const auto is_given = [&](const std::string& key) {
+    return std::any_of(overrides.begin(), overrides.end(),
+                       [&](const std::string& argument) { return argument.starts_with(key + "="); });
+  };
+  if (config.attention.kind != "sparsek" || config.attention.layers.empty() || is_given("attention.layers")) return;
+  for (const char* key : {"attention.topk", "attention.window_size"}) {
+    if (is_given(key)) {
+      throw_field(key,
+                  "expected none beside the configuration's attention.layers; add attention.layers= to have one "
+                  "budget in all layers");
+    }
+  }
+}
+
 }  // namespace
 
 TrainConfig parse_config(const std::string& text, const std::string& source,
@@ -159,6 +175,7 @@ TrainConfig parse_config(const std::string& text, const std::string& source,
   const std::vector<ConfigKey> known = keys(config);
   apply_file(known, text, source);
   for (const std::string& argument : overrides) apply_override(known, argument);
+  refuse_hidden_budgets(config, overrides);
   check_config(config);
   return config;
 }
