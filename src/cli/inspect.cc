@@ -86,6 +86,7 @@ int run_inspect(const InspectConfig& config) {
                                         {"parameters", model.num_parameters()},
                                         {"tensor_types", tensor_types},
                                         {"attention", describe(attention)},
+                                        {"layers_topk_window", model::budgets_text(attention.layers)},
                                         {"memory_plan", plan}};
     print_json(object, 2);
     return 0;
@@ -106,6 +107,7 @@ int run_inspect(const InspectConfig& config) {
                human_bytes(static_cast<double>(total.size_bytes)));
   }
   fmt::print("\nattention     {}, {}\n", describe(attention), config.model.dtype);
+  if (!attention.layers.empty()) fmt::print("topk+window   {}\n", model::budgets_text(attention.layers));
   fmt::print("{:>12} {:>14} {:>14}\n", "tokens", "state", "dense cache");
   for (const int64_t tokens : kPlanLengths) {
     fmt::print("{:>12} {:>14} {:>14}\n", with_separators(tokens),

@@ -82,11 +82,10 @@ void check_tokenizers(const train::TrainConfig& config) {
                  validation.path(), shards.path(), shards.tokenizer_fingerprint(), validation.tokenizer_fingerprint());
     }
   }
-  const std::string& base = config.model.base;
-  if (base.empty() || (std::filesystem::is_directory(base) && !std::filesystem::exists(base + "/tokenizer.json"))) {
-    return;
+  for (const std::string& model : {config.model.base, config.loss.teacher}) {
+    const bool has_none = std::filesystem::is_directory(model) && !std::filesystem::exists(model + "/tokenizer.json");
+    if (!model.empty() && !has_none) shards.check_tokenizer(open_tokenizer_file(model), model);
   }
-  shards.check_tokenizer(open_tokenizer_file(base), base);
 }
 
 int run(train::TrainConfig config, const TrainArguments& arguments) {
@@ -97,7 +96,9 @@ int run(train::TrainConfig config, const TrainArguments& arguments) {
   if (arguments.resume && !arguments.checkpoint.empty()) {
     throw_usage("--checkpoint: expected without --resume, which takes the newest one");
   }
-  if (!config.model.base.empty()) config.model.base = resolve_model(config.model.base);
+  for (std::string* model : {&config.model.base, &config.loss.teacher}) {
+    if (!model->empty()) *model = resolve_model(*model);
+  }
   check_tokenizers(config);
   Lines lines(config.run.log_every);
   train::TrainResult result;

@@ -17,6 +17,7 @@ namespace {
 
 constexpr const char* kFormat = "sparsek-adapter-1";
 constexpr const char* kFormatOfLayers = "sparsek-adapter-2";  // each layer has a budget of its own
+constexpr int64_t kMaxKeys = int64_t{1} << 20;
 constexpr int64_t kMaxHidden = int64_t{1} << 16;
 
 using Metadata = std::map<std::string, std::string>;
@@ -35,6 +36,7 @@ class Reader {
                  in_quotes(text("format")));
     }
   }
+  bool has(const std::string& key) const { return file_.metadata().contains(key); }
   bool has_layers() const { return text("format") == kFormatOfLayers; }
   const std::string& path() const { return file_.path(); }
 
@@ -112,6 +114,12 @@ std::vector<LayerBudget> read_budgets(const Reader& file, const ModelConfig& mod
     throw_data("{}: metadata layers: expected budgets of {} layers, found {}", file.path(), model.num_layers,
                layers.size());
   }
+  const LayerBudget mean = mean_budget(layers),
+                    stated{file.integer("topk", 1, kMaxKeys), file.integer("window_size", 1, kMaxKeys)};
+  if (mean != stated) {
+    throw_data("{}: metadata topk and window_size: expected the layers' means {} and {}, found {} and {}", file.path(),
+               mean.topk, mean.window_size, stated.topk, stated.window_size);
+  }
   return layers;
 }
 
@@ -150,10 +158,14 @@ Adapter load_adapter(const std::string& path, const ModelConfig& model) {
   if (gate != "soft" && gate != "hard")
     throw_data("{}: metadata gate: expected soft or hard, found {}", path, in_quotes(gate));
   adapter.attention.gate = gate == "soft" ? Gate::kSoft : Gate::kHard;
-  adapter.attention.topk = file.integer("topk", 1, int64_t{1} << 20);
-  adapter.attention.window_size = file.integer("window_size", 1, int64_t{1} << 20);
+  adapter.attention.topk = file.integer("topk", 1, kMaxKeys);
+  adapter.attention.window_size = file.integer("window_size", 1, kMaxKeys);
   if (file.has_layers()) adapter.attention.layers = read_budgets(file, model);
-  adapter.attention.num_sinks = file.integer("num_sinks", 0, int64_t{1} << 20);
+  if (!file.has_layers() && file.has("layers")) {
+    throw_data("{}: metadata layers: expected none in format '{}', found {}", path, kFormat,
+               in_quotes(file.text("layers")));
+  }
+  adapter.attention.num_sinks = file.integer("num_sinks", 0, kMaxKeys);
   adapter.attention.far_distance = file.integer("far_distance", 0, int64_t{1} << 40);
   for (int64_t layer = 0; layer < model.num_layers; ++layer) {
     adapter.layers.push_back(read_layer(file, model, layer));

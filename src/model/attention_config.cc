@@ -53,6 +53,28 @@ double choose_slope(const std::optional<double>& asked, ScorerKind scorer) {
   return slope;
 }
 
+// An adapter's budgets of layers, each with the topk and window that the user asked for; alike, they are one for all.
+void use_budgets(const std::vector<LayerBudget>& layers, const AttentionRequest& request, AttentionConfig& config,
+                 std::vector<std::string>* notices) {
+  config.layers = layers;
+  for (LayerBudget& layer : config.layers) {
+    layer.topk = request.topk.value_or(layer.topk);
+    layer.window_size = request.window_size.value_or(layer.window_size);
+  }
+  if (notices != nullptr && config.layers != layers) {
+    std::string asked;
+    if (request.topk) asked += fmt::format("topk {} ", *request.topk);
+    if (request.window_size) asked += fmt::format("window_size {} ", *request.window_size);
+    notices->push_back(asked + "in every layer instead of the adapter's own");
+  }
+  const LayerBudget mean = mean_budget(config.layers);
+  config.topk = mean.topk;
+  config.window_size = mean.window_size;
+  const bool differ = std::any_of(config.layers.begin(), config.layers.end(),
+                                  [&](const LayerBudget& layer) { return layer != config.layers[0]; });
+  if (!differ) config.layers.clear();
+}
+
 }  // namespace
 
 const char* name(AttentionKind kind) {
@@ -133,10 +155,18 @@ LayerBudget mean_budget(const std::vector<LayerBudget>& layers) {
   return {(sum.topk + count / 2) / count, (sum.window_size + count / 2) / count};
 }
 
-int64_t AttentionConfig::largest_window() const {
-  int64_t largest = window_size;
+int64_t largest_window(const std::vector<LayerBudget>& layers) {
+  int64_t largest = 0;
   for (const LayerBudget& layer : layers) largest = std::max(largest, layer.window_size);
   return largest;
+}
+
+int64_t AttentionConfig::largest_window() const {
+  return layers.empty() ? window_size : model::largest_window(layers);
+}
+
+int64_t AttentionConfig::default_far_distance() const {
+  return num_sinks + std::max(topk + window_size, largest_window());
 }
 
 AttentionConfig AttentionConfig::of_layer(int64_t layer) const {
@@ -171,6 +201,7 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
 
   const AttentionDefaults none;
   const AttentionDefaults& proposed = has_selection && adapter != nullptr ? *adapter : none;
+  std::vector<std::string>* const about_budget = proposed.layers.empty() ? notices : nullptr;
   const auto number = [](int64_t value) { return fmt::format("{}", value); };
   const auto gate_name = [](Gate gate) { return std::string(name(gate)); };
   if (has_selection) {
@@ -179,26 +210,22 @@ AttentionConfig resolve(const AttentionRequest& request, const AttentionDefaults
     config.slope = choose_slope(request.slope, config.scorer);
     config.delayed_scores = config.scorer == ScorerKind::kWindowMass || proposed.delayed_scores;
     config.topk =
-        in_range("topk", choose("topk", request.topk, proposed.topk, int64_t{124}, number, notices), 1, kMaxKeys);
+        in_range("topk", choose("topk", request.topk, proposed.topk, int64_t{124}, number, about_budget), 1, kMaxKeys);
     config.gate = choose("gate", request.gate, proposed.gate, Gate::kHard, gate_name, notices);
   }
   // 1,024 keys in all. Of the splits tried for the untrained window_mass this one has the lowest loss that stays near
   // the window's on every text (bench/quality.py --sweep, bench/results).
   const int64_t default_window = has_selection ? 896 : 1020;
-  config.window_size = in_range(
-      "window_size", choose("window_size", request.window_size, proposed.window_size, default_window, number, notices),
-      1, kMaxKeys);
+  config.window_size =
+      in_range("window_size",
+               choose("window_size", request.window_size, proposed.window_size, default_window, number, about_budget),
+               1, kMaxKeys);
   config.num_sinks =
       in_range("num_sinks", choose("num_sinks", request.num_sinks, proposed.num_sinks, int64_t{4}, number, notices), 0,
                kMaxKeys);
-  if (!request.topk && !request.window_size) {
-    config.layers = proposed.layers;
-  } else if (!proposed.layers.empty() && notices != nullptr) {
-    notices->push_back(fmt::format("topk {} window_size {} in every layer instead of the adapter's budgets of layers",
-                                   config.topk, config.window_size));
-  }
+  if (!proposed.layers.empty()) use_budgets(proposed.layers, request, config, notices);
   // Far keys stay beyond the window's: an adapter's distance grows with a budget that is larger than the adapter's.
-  const int64_t visible = config.num_sinks + config.topk + config.window_size;
+  const int64_t visible = config.default_far_distance();
   std::optional<int64_t> far_distance = proposed.far_distance;
   if (far_distance && *far_distance > 0) far_distance = std::max(*far_distance, visible);
   if (far_distance != proposed.far_distance && !request.far_distance && notices != nullptr) {

@@ -49,6 +49,7 @@ std::string budgets_text(const std::vector<LayerBudget>& layers);
 std::vector<LayerBudget> parse_budgets(const char* field, const std::string& text);
 // Rounded to the nearest; of at least one layer.
 LayerBudget mean_budget(const std::vector<LayerBudget>& layers);
+int64_t largest_window(const std::vector<LayerBudget>& layers);
 
 struct AttentionConfig {
   AttentionKind kind = AttentionKind::kSparsek;
@@ -64,8 +65,11 @@ struct AttentionConfig {
   std::string adapter_path = {};    // of ScorerKind::kAdapter
 
   bool has_far_rotary() const { return far_distance > 0; }
-  // Of all layers.
+  // Of any layer.
   int64_t largest_window() const;
+  // Sinks, selected keys and the window of a layer (of their means), and no less than the sinks and the largest window:
+  // the rotary distance at which far keys stay beyond a window's.
+  int64_t default_far_distance() const;
   // What `layer` runs with: its own topk and window_size.
   AttentionConfig of_layer(int64_t layer) const;
 };
@@ -73,7 +77,7 @@ struct AttentionConfig {
 // What an adapter proposes; null members are not proposed.
 struct AttentionDefaults {
   std::optional<int64_t> topk = {}, window_size = {}, num_sinks = {}, far_distance = {};
-  // Of every layer of its model, or empty. A request for topk or window_size hides them.
+  // Of every layer of its model, or empty. A requested topk or window_size replaces every layer's own.
   std::vector<LayerBudget> layers = {};
   std::optional<Gate> gate = {};
   bool delayed_scores = false;  // a fact, not a proposal: some layer's alpha is not 0

@@ -43,13 +43,21 @@ void check_attention(const TrainConfig& config) {
     for (const model::LayerBudget& layer : model::parse_budgets("attention.layers", attention.layers)) {
       largest_topk = std::max(largest_topk, layer.topk);
     }
-    if (config.schedule.anneal_steps > 0) {
+    if (attention.kind == "sparsek" && config.schedule.anneal_steps > 0) {
       throw_field("schedule.anneal_steps", "expected 0 with attention.layers, found {}", config.schedule.anneal_steps);
     }
   }
   if (attention.pool_size > 0 && attention.pool_size <= largest_topk) {
     throw_field("attention.pool_size", "expected -1 (default), 0 (no limit) or more than topk {}, found {}",
                 largest_topk, attention.pool_size);
+  }
+  if (attention.kind != "dense") {
+    const int64_t window = attention_config(config).largest_window();
+    if (attention.far_distance > 0 && attention.far_distance < window) {
+      throw_field("attention.far_distance",
+                  "expected -1 (default), 0 (off) or no less than the largest window {}, found {}", window,
+                  attention.far_distance);
+    }
   }
   const ScorerOptions& scorer = config.scorer;
   check_range("scorer.hidden", scorer.hidden, 0, int64_t{1} << 16);
@@ -297,11 +305,8 @@ void check_config(const TrainConfig& config) {
 
 int64_t largest_window(const AttentionOptions& attention) {
   if (attention.layers.empty()) return attention.window_size;
-  int64_t largest = 0;
-  for (const model::LayerBudget& layer : model::parse_budgets("attention.layers", attention.layers)) {
-    largest = std::max(largest, layer.window_size);
-  }
-  return largest;
+  return std::max(attention.window_size,
+                  model::largest_window(model::parse_budgets("attention.layers", attention.layers)));
 }
 
 model::AttentionConfig attention_config(const TrainConfig& config) {
@@ -324,8 +329,7 @@ model::AttentionConfig attention_config(const TrainConfig& config) {
     attention.delayed_scores = config.scorer.delayed;
     attention.slope = 0;
   }
-  attention.far_distance =
-      options.far_distance >= 0 ? options.far_distance : attention.num_sinks + attention.topk + attention.window_size;
+  attention.far_distance = options.far_distance >= 0 ? options.far_distance : attention.default_far_distance();
   return attention;
 }
 

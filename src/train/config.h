@@ -137,10 +137,10 @@ void check_config(const TrainConfig& config);
 // TOML, every key with its meaning.
 std::string config_text(TrainConfig config);
 
-// Of the layers, or of all of them alike; whatever the kind.
+// Of attention.window_size and of the layers': the same for every kind, so that they are compared on the same data.
 int64_t largest_window(const AttentionOptions& attention);
 
-// attention.* as the model takes it; far_distance -1 becomes sinks + topk + window, of layers that differ their means.
+// attention.* as the model takes it; far_distance -1 becomes AttentionConfig::default_far_distance().
 model::AttentionConfig attention_config(const TrainConfig& config);
 
 }  // namespace sparsek::train

@@ -44,7 +44,7 @@ Network make_teacher(const model::ModelConfig& config, const Parameters& base, c
   return Network(config, std::move(parameters), dense, {.dtype = options.dtype, .device = options.device});
 }
 
-// What loss.teacher names, beside a model of `config`'s shape.
+// What loss.teacher names, for a model of `config`.
 Network named_teacher(const TrainConfig& run, const model::ModelConfig& config, const AttentionSettings& settings,
                       const NetworkOptions& options) {
   const std::string& path = run.loss.teacher;

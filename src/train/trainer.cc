@@ -199,7 +199,8 @@ class Run {
   // Where scorers alone are learned the base stays what it was.
   bool exports_model() const { return config_.trainable.part != "scorer"; }
 
-  // The dense base says which heads; the text is validation's, so that a resumed run looks at the same.
+  // The dense base (or loss.teacher) says which heads; the text is validation's, so that a resumed run looks at the
+  // same.
   void hold_lookup_heads() {
     constexpr int64_t kTokens = 512;
     const model::ModelConfig& model = session_.network.config();

@@ -57,6 +57,10 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
   for (size_t layer = 0; layer < scorers.layers.size(); ++layer) {
     settings.push_back(session.network.settings_of_layer(static_cast<int64_t>(layer)));
   }
+  int64_t smallest_window = std::numeric_limits<int64_t>::max();
+  for (const AttentionSettings& layer : settings) {
+    smallest_window = std::min(smallest_window, layer.attention.window_size);
+  }
   const std::string begin = batches.position();
   for (int64_t step = 0; step < config.warm_start.steps; ++step) {
     if (should_stop()) return false;
@@ -73,6 +77,7 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
         const int64_t count = end - first;
         const at::Tensor document = ids.narrow(1, first, count);
         first = end;
+        if (count <= smallest_window) continue;
         const Layout layout = teacher.layout(ids.size(0), count);
         const double share = static_cast<double>(count) / static_cast<double>(ids.size(1));
         teacher.forward_watched(document, layout, [&](int64_t index, const AttentionInputs& in) {

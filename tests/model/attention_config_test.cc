@@ -131,11 +131,16 @@ TEST(AttentionConfig, LayersHaveTheirOwnBudgets) {
   EXPECT_THAT(describe(config), HasSubstr("topk 16 window 10 sinks 2 (means of layers with 22 to 37 keys)"));
 
   std::vector<std::string> notices;
-  const AttentionConfig hidden = resolve({.window_size = 20, .scorer = "a.safetensors"}, &adapter, &notices);
-  EXPECT_TRUE(hidden.layers.empty());
-  EXPECT_EQ(hidden.of_layer(1).topk, 16);
-  EXPECT_EQ(hidden.of_layer(1).window_size, 20);
-  EXPECT_THAT(notices, testing::Contains(HasSubstr("topk 16 window_size 20 in every layer")));
+  const AttentionConfig wider = resolve({.window_size = 20, .scorer = "a.safetensors"}, &adapter, &notices);
+  EXPECT_EQ(wider.layers, (std::vector<LayerBudget>{{8, 20}, {30, 20}, {9, 20}}));
+  EXPECT_EQ(wider.window_size, 20);
+  EXPECT_THAT(notices, ElementsAre("window_size 20 in every layer instead of the adapter's own"));
+  const AttentionConfig alike = resolve({.topk = 7, .window_size = 20, .scorer = "a.safetensors"}, &adapter, nullptr);
+  EXPECT_TRUE(alike.layers.empty());
+  EXPECT_EQ(alike.of_layer(1).topk, 7);
+  EXPECT_EQ(alike.of_layer(1).window_size, 20);
+  adapter.layers = {{8, 8}, {8, 8}, {8, 4000}};  // far keys stay beyond every window
+  EXPECT_EQ(resolve({.scorer = "a.safetensors"}, &adapter, nullptr).far_distance, 4002);
   EXPECT_TRUE(resolve({.kind = AttentionKind::kWindow}, &adapter, nullptr).layers.empty());
 }
 

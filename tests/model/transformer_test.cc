@@ -90,6 +90,10 @@ class TransformerTest : public testing::Test {
     adapter.timestep_norm = timestep_norm;
     adapter.attention = {
         .topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 22, .layers = layers, .gate = Gate::kSoft};
+    if (!layers.empty()) {
+      adapter.attention.topk = mean_budget(layers).topk;
+      adapter.attention.window_size = mean_budget(layers).window_size;
+    }
     for (int64_t i = 0; i < config_.num_layers; ++i) {
       LayerScorer layer;
       if (hidden > 0) {
@@ -548,6 +552,8 @@ TEST_F(TransformerTest, RefusesAdaptersOfOtherModelsAndDamagedOnes) {
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.topk = 0; }), HasSubstr("topk"));
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.layers.pop_back(); }), HasSubstr("layers.1"));
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.layers = {{8, 12}}; }), HasSubstr("of 2 layers, found 1"));
+  EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.layers = {{8, 12}, {10, 12}}; }),
+              HasSubstr("the layers' means 9 and 12, found 8 and 12"));
   EXPECT_THAT(saved_refusal([](Adapter& a) { a.attention.layers = {{8, 12}, {0, 3}}; }),
               AllOf(HasSubstr("bad.safetensors"), HasSubstr("0+3")));
   EXPECT_THAT(message_of<DataError>([&] { load_adapter(folder_.file("model.safetensors"), config_); }),

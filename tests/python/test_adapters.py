@@ -20,7 +20,7 @@ def attention(*options, program=PROGRAM, cwd=None, **environment):
 def test_smollm2_takes_its_adapter_from_any_folder(tmp_path):
     for folder in (ROOT, tmp_path):
         text, notices = attention(cwd=folder)
-        assert text.startswith("sparsek topk 508 window 512 sinks 4 gate soft scorer ") and f"/{ADAPTER} far-distance 1024" in text
+        assert text.startswith("sparsek topk 653 window 358 sinks 4 (means of layers with 512 to 4096 keys) gate soft scorer ") and f"/{ADAPTER} far-distance 1024" in text
         assert not notices
 
 
@@ -33,8 +33,8 @@ def test_other_choices(options, expected):
 
 def test_a_budget_of_ones_own_is_said():
     text, notices = attention("--topk", 60)
-    assert "topk 60 window 512 " in text and ADAPTER in text
-    assert notices == "sparsek: topk 60 overrides the adapter's 508\n"
+    assert "topk 60 window 358 sinks 4 (means of layers with 320 to 576 keys)" in text and ADAPTER in text
+    assert notices == "sparsek: topk 60 in every layer instead of the adapter's own\n"
 
 
 def test_a_program_without_it_says_so(tmp_path):

@@ -15,7 +15,8 @@ words = sys.argv[1:]
 with open({log!r}, "a") as log:
     log.write(json.dumps(words) + "\\n")
 if "--print-config" in words:
-    print("[attention]\\ntopk = 508\\nwindow_size = 512\\nnum_sinks = 4\\nfar_distance = -1")
+    layers = "8+8" if "attention.layers=8+8" in words else ""
+    print("[attention]\\ntopk = 508\\nwindow_size = 512\\nnum_sinks = 4\\nfar_distance = -1\\nlayers = '" + layers + "'")
     sys.exit()
 given = dict(word.split("=", 1) for word in words if "=" in word)
 layers = [tuple(map(int, layer.split("+"))) for layer in given["attention.layers"].split(", ")]
@@ -65,6 +66,15 @@ def test_measures_every_layer(tmp_path):
     assert found["loss_with_layers"] < found["loss"] and found["layers"] in done.stdout
     runs = [json.loads(line) for line in log.read_text().splitlines()][1:]
     assert len(runs) == 62 and all({"run.device=cuda", "attention.far_distance=1024", "optimiser.scorer_lr=0", "run.steps=1"} <= set(run) for run in runs)
+
+
+def test_one_budget_for_all_is_where_it_begins(tmp_path):
+    program = tmp_path / "program"
+    program.write_text(PROGRAM.format(python=sys.executable, log=str(tmp_path / "log")))
+    program.chmod(0o755)
+    command = [sys.executable, ROOT / "bench/layer_budgets.py", "run.toml", "--adapter", "x", "--program", program, "attention.layers=8+8"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "attention.layers=" in done.stderr
 
 
 def test_says_what_the_program_said(tmp_path):

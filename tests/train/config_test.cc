@@ -79,6 +79,11 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(with_layers, {"attention.window_size=9"}), HasSubstr("attention.window_size"));
   EXPECT_EQ(problem(with_layers, {"attention.window_size=9", "attention.kind=window"}), "no exception");
   EXPECT_EQ(problem(with_layers, {"attention.topk=9", "attention.layers="}), "no exception");
+  EXPECT_EQ(problem(kRecall, {"attention.layers=8+12", "schedule.anneal_steps=10", "attention.kind=window"}),
+            "no exception");
+  EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 6+300", "attention.far_distance=299"}),
+              AllOf(HasSubstr("attention.far_distance"), HasSubstr("largest window 300")));
+  EXPECT_EQ(problem(kRecall, {"attention.layers=8+12, 6+300", "attention.far_distance=300"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 8+9000"}), HasSubstr("data.seqlen"));  // a window's reach
   EXPECT_THAT(problem(kRecall, {"loss.teacher=smollm2"}), HasSubstr("expected none with loss.kl 0"));
   EXPECT_EQ(problem(kRecall, {"loss.teacher=smollm2", "loss.kl=1"}), "no exception");

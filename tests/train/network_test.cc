@@ -73,6 +73,10 @@ TEST_P(AgainstInference, SameLosses) {
                          .far_distance = c.far_distance,
                          .layers = c.layers,
                          .gate = Gate::kSoft};
+    if (!c.layers.empty()) {
+      adapter.attention.topk = mean_budget(c.layers).topk;
+      adapter.attention.window_size = mean_budget(c.layers).window_size;
+    }
     for (const LayerParameters& layer : parameters.layers) {
       adapter.layers.push_back(
           {layer.scorer_hidden, layer.scorer_hidden_bias, layer.scorer, c.alpha, layer.beta, layer.gamma, layer.slope});
