@@ -208,3 +208,10 @@ def test_a_trained_model_reads_text_by_its_folder(tmp_path):
     assert tokenizer.eos_token in ("<|im_end|>", "<|endoftext|>")
     assert data_tool("info", model).stdout == data_tool("info", program.MODEL).stdout  # BOS, end tokens, missing bytes
     assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+# A teacher is named as a base is; its words have to be the trained model's.
+def test_a_teacher_by_name(tmp_path):
+    result = program.run("train", *TINY, "loss.kl=1", "loss.teacher=smollm2", f"run.folder={tmp_path / 'run'}", "run.steps=1")
+    assert result.returncode == 2, result.stderr.decode()
+    assert b"loss.teacher" in result.stderr and b"vocabulary of 61, found 49152" in result.stderr
