@@ -72,7 +72,8 @@ def loss_with(options, layers):
     try:
         command = [options.program, "train", options.config, *options.overrides, f"run.folder={folder / 'run'}", f"scorer.adapter={options.adapter}",
                    f"attention.layers={text(layers)}", "warm_start.steps=0", "run.steps=1", "optimiser.lr=0", "optimiser.scorer_lr=0",
-                   "optimiser.scale_lr=0", "scorer.lookup_heads=0", "schedule.anneal_steps=0", "schedule.topk_from=0", "schedule.window_from=0", "loss.teacher=", "loss.kl=0", "loss.next_token=1", "validation.every=1", "run.log_every=1"]
+                   "optimiser.scale_lr=0", "scorer.lookup_heads=0", "schedule.anneal_steps=0", "schedule.topk_from=0", "schedule.window_from=0",
+                   "loss.teacher=", "loss.kl=0", "loss.next_token=1", "validation.every=1", "run.log_every=1"]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr.strip()}")
