@@ -30,7 +30,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMaxKeys = int64_t{1} << 20;  // per kind of visible key, as models have it
 constexpr int64_t kMaxSeqlen = int64_t{1} << 24, kMaxHeads = 1024;
 
 void expect_range(const char* option, int64_t value, int64_t low, int64_t high) {
@@ -99,9 +98,9 @@ int run_bench_attention(const BenchAttentionConfig& config) {
   if (config.num_heads % config.num_kv_heads != 0) {
     throw_usage("--heads: expected a multiple of --kv-heads ({}), found {}", config.num_kv_heads, config.num_heads);
   }
-  expect_range("--topk", config.topk, 1, kMaxKeys);
-  expect_range("--window", config.window_size, 1, kMaxKeys);
-  expect_range("--sinks", config.num_sinks, 0, kMaxKeys);
+  expect_range("--topk", config.topk, 1, model::kMaxKeys);
+  expect_range("--window", config.window_size, 1, model::kMaxKeys);
+  expect_range("--sinks", config.num_sinks, 0, model::kMaxKeys);
   if (config.head_dim < 8 || config.head_dim > 256 || config.head_dim % 8 != 0) {
     throw_usage("--head-dim: expected a multiple of 8 from 8 to 256, found {}", config.head_dim);
   }

@@ -17,7 +17,6 @@ namespace {
 
 constexpr const char* kFormat = "sparsek-adapter-1";
 constexpr const char* kFormatOfLayers = "sparsek-adapter-2";  // each layer has a budget of its own
-constexpr int64_t kMaxKeys = int64_t{1} << 20;
 constexpr int64_t kMaxHidden = int64_t{1} << 16;
 
 using Metadata = std::map<std::string, std::string>;

@@ -9,7 +9,6 @@
 namespace sparsek::model {
 namespace {
 
-constexpr int64_t kMaxKeys = int64_t{1} << 20;      // per kind of visible key: far above use, far below int32
 constexpr int64_t kMaxDistance = int64_t{1} << 40;  // positions stay exact in double
 constexpr double kMaxSlope = 1e6;                   // scores stay finite in float32 at any position
 

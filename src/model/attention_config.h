@@ -37,6 +37,9 @@ struct AttentionRequest {
   std::optional<double> slope = {};          // untrained scorers only: an adapter has its own
 };
 
+// Of each kind of visible key: far above use, far below int32.
+inline constexpr int64_t kMaxKeys = int64_t{1} << 20;
+
 // How much one layer keeps.
 struct LayerBudget {
   int64_t topk = 0, window_size = 0;
