@@ -116,7 +116,7 @@ def needles(program, options, keep):
                         continue  # beyond its positions
                     result = program("needles", text, *flags, "--task", task, "--tokens", tokens, "--samples", options.samples)
                     key = f"{task} {tokens} {kind}"
-                    rows[key] = {name: result[name] for name in ("accuracy", "token_accuracy", "depths")}
+                    rows[key] = {name: result[name] for name in ("accuracy", "token_accuracy", "token_accuracy_by_place", "depths")}
                     keep(found)
                     print(f"{key:<26} {result['accuracy']:.3f}, tokens {result['token_accuracy']:.3f}, right by depth",
                           [depth["right"] for depth in result["depths"]], flush=True)

@@ -69,6 +69,9 @@ int run_needles(const NeedlesConfig& config) {
                       {"token_accuracy", depth.token_accuracy},
                       {"answer_loss", depth.answer_loss}});
   }
+  std::vector<double> by_place;
+  for (size_t i = 0; i < result.answers.size(); ++i)
+    by_place.push_back(share(result.tokens_right[i], result.answers[i]));
   const double token_accuracy = asked > 0 ? tokens_right / static_cast<double>(asked) : 0;
   const std::string attention = describe(model.attention());
   if (config.json) {
@@ -77,6 +80,7 @@ int run_needles(const NeedlesConfig& config) {
                 {"digits", eval::num_digits(options)},
                 {"accuracy", share(right, asked)},
                 {"token_accuracy", token_accuracy},
+                {"token_accuracy_by_place", by_place},
                 {"asked", asked},
                 {"depths", depths},
                 {"seed", options.seed},
@@ -89,7 +93,9 @@ int run_needles(const NeedlesConfig& config) {
     fmt::print("attention    {}\n", attention);
     fmt::print("tokens       {} before each question\n", with_separators(options.tokens));
     fmt::print("right        {} of {} ({:.1f} %)\n", right, asked, 100 * share(right, asked));
-    fmt::print("tokens right {:.1f} %\n", 100 * token_accuracy);
+    fmt::print("tokens right {:.1f} %, by place in the answer:", 100 * token_accuracy);
+    for (const double place : by_place) fmt::print(" {:.0f}", 100 * place);
+    fmt::print("\n");
     fmt::print("speed        {:.0f} tokens/s\n\n", static_cast<double>(result.tokens) / result.seconds);
     fmt::print("{:>6} {:>9} {:>6} {:>6} {:>12} {:>12}\n", "depth", "distance", "asked", "right", "tokens right",
                "answer loss");

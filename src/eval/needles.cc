@@ -41,7 +41,8 @@ std::string digits(std::mt19937_64& random, int64_t count) {
 }
 
 // A question repeats the needle's words up to its value: a model without instruction tuning continues, it does not
-// answer.
+// answer. A space that the tokenizer writes as a token of its own is the question's: whether a model would go on with a
+// number at all is not what is asked.
 Needle make_needle(const Tokenizer& tokenizer, const NeedleOptions& options, int64_t depth, const char* word,
                    std::mt19937_64& random) {
   const auto encode = [&](const std::string& text) { return tokenizer.encode(text, SpecialTokens::kAsText); };
@@ -52,12 +53,15 @@ Needle make_needle(const Tokenizer& tokenizer, const NeedleOptions& options, int
   if (is_passkey) {
     needle.sentence = encode(fmt::format("\n\nThe pass key is {}. Remember it. {} is the pass key.\n\n", value, value));
     needle.question = encode("\n\nWhat is the pass key? The pass key is");
-    needle.answer = encode(" " + value);
   } else {
     needle.sentence = encode(fmt::format("\n\nThe special magic number for {} is {}.\n\n", word, value));
     needle.question = encode(
         fmt::format("\n\nWhat is the special magic number for {}? The special magic number for {} is", word, word));
-    needle.answer = encode(" " + value);
+  }
+  needle.answer = encode(" " + value);
+  while (needle.answer.size() > 1 && tokenizer.token_bytes(needle.answer.front()) == " ") {
+    needle.question.push_back(needle.answer.front());
+    needle.answer.erase(needle.answer.begin());
   }
   return needle;
 }
@@ -185,7 +189,16 @@ NeedleResult needles(const model::Transformer& model, const Tokenizer& tokenizer
       const at::Tensor rows = hidden.slice(0, hidden.size(0) - answers), targets = model::as_tensor(needle.answer);
       const std::vector<double> losses = model.losses(rows, targets);
       NeedleDepth& depth = result.depths[needle.depth];
-      const auto hits = model.logits(rows).argmax(-1).eq(targets.to(at::kLong)).sum().item<int64_t>();
+      const at::Tensor hit = model.logits(rows).argmax(-1).eq(targets.to(at::kLong)).to(at::kLong).cpu();
+      const int64_t hits = hit.sum().item<int64_t>();
+      if (static_cast<int64_t>(result.answers.size()) < answers) {
+        result.answers.resize(answers);
+        result.tokens_right.resize(answers);
+      }
+      for (int64_t token = 0; token < answers; ++token) {
+        result.answers[token] += 1;
+        result.tokens_right[token] += hit.data_ptr<int64_t>()[token];
+      }
       depth.right += hits == answers ? 1 : 0;
       depth.token_accuracy += static_cast<double>(hits) / static_cast<double>(answers);
       depth.answer_loss += std::accumulate(losses.begin(), losses.end(), 0.0) / static_cast<double>(answers);

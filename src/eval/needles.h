@@ -1,7 +1,7 @@
 // Can a model find what it read thousands of tokens ago? Sentences that nothing else predicts ("needles") are put into
-// a text, the text is read once, and each is asked for behind it. An answer is right when every token of it is the most
-// likely one, which is what greedy decoding would write. Questions do not see each other: each starts from a copy of
-// the state.
+// a text, the text is read once, and each is asked for behind it. An answer, which begins with the number's first
+// digit, is right when every token of it is the most likely one, which is what greedy decoding would write there.
+// Questions do not see each other: each starts from a copy of the state.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -51,6 +51,9 @@ struct NeedleDepth {
 struct NeedleResult {
   std::vector<NeedleDepth> depths;
   int64_t tokens = 0;  // read
+  // Tokens that are right by their place in the answer, over all questions: the first tells whether the needle is
+  // found, later ones also whether what was found is read on. answers[i]: answers of more than i tokens.
+  std::vector<int64_t> tokens_right, answers;
   double seconds = 0;
   int64_t state_bytes = 0;
   bool complete = true;  // false: on_progress asked to stop; depths hold what was asked until then
