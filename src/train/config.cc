@@ -65,6 +65,15 @@ void check_attention(const TrainConfig& config) {
   check_number("scorer.slope", scorer.slope, 0, 1e6);
   check_range("scorer.lookup_heads", scorer.lookup_heads, 0, int64_t{1} << 20);
   check_number("scorer.lookup_slope", scorer.lookup_slope, 0, 1e6);
+  if (scorer.largest_slope != -1) {
+    check_number("scorer.largest_slope", scorer.largest_slope, 0, 1e6);
+    for (const auto& [key, slope] : {std::pair{"scorer.slope", scorer.adapter.empty() ? scorer.slope : 0.0},
+                                     {"scorer.lookup_slope", scorer.lookup_heads > 0 ? scorer.lookup_slope : 0.0}}) {
+      if (slope > scorer.largest_slope) {
+        throw_field(key, "expected at most scorer.largest_slope {}, found {}", scorer.largest_slope, slope);
+      }
+    }
+  }
   constexpr int64_t kShortest = 32;  // a head cannot be told from another by fewer tokens
   const int64_t row = config.recurrent.chunk > 0 ? config.recurrent.chunk : config.data.seqlen;
   if (scorer.lookup_heads > 0 && row < kShortest) {
@@ -211,6 +220,8 @@ std::vector<ConfigKey> keys(TrainConfig& c) {
       {"scorer.alpha", &c.scorer.alpha, "initial alpha"},
       {"scorer.slope", &c.scorer.slope, "initial position slope, per 1,024 positions"},
       {"scorer.learn_slope", &c.scorer.learn_slope, "false: the slope stays as it is"},
+      {"scorer.largest_slope", &c.scorer.largest_slope,
+       "no slope is larger; -1: any. A key that is d older pays at most slope d / 1024"},
       {"scorer.lookup_heads", &c.scorer.lookup_heads,
        "KV heads of the whole model that the dense base looks things up with most: their slope is lookup_slope"},
       {"scorer.lookup_slope", &c.scorer.lookup_slope, "and stays so"},

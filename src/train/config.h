@@ -45,6 +45,7 @@ struct ScorerOptions {
   bool timestep_norm = true;
   double alpha = 1, slope = 0;
   bool delayed = true, learn_slope = true;
+  double largest_slope = -1;
   int64_t lookup_heads = 0;
   double lookup_slope = 0;
   bool cut_gradient = false;

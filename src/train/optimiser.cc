@@ -24,8 +24,8 @@ double rate_factor(const OptimiserOptions& options, int64_t step, int64_t steps)
   return options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine;
 }
 
-Optimiser::Optimiser(Parameters& parameters, const OptimiserOptions& options, int64_t steps)
-    : options_(options), total_steps_(steps) {
+Optimiser::Optimiser(Parameters& parameters, const OptimiserOptions& options, int64_t steps, double largest_slope)
+    : options_(options), total_steps_(steps), largest_slope_(largest_slope) {
   groups_.resize(kNumGroups);
   for (GroupState& group : groups_) {
     group.rate = options.lr;
@@ -78,7 +78,7 @@ Optimiser::Step Optimiser::apply(int64_t step, bool loss_is_finite) {
                       options_.beta1, options_.beta2, group.weight_decay, options_.eps, /*amsgrad=*/false,
                       /*maximize=*/false);
   }
-  for (at::Tensor& slope : slopes_) slope.clamp_min_(0);
+  for (at::Tensor& slope : slopes_) clamp_slope(slope, largest_slope_);
   result.was_applied = true;
   return result;
 }

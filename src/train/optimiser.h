@@ -17,8 +17,9 @@ double rate_factor(const OptimiserOptions& options, int64_t step, int64_t steps)
 
 class Optimiser {
  public:
-  // Takes the parameters that require a gradient; they are updated in place.
-  Optimiser(Parameters& parameters, const OptimiserOptions& options, int64_t steps);
+  // Takes the parameters that require a gradient; they are updated in place. Slopes stay in 0 to `largest_slope`; below
+  // 0 it is no limit.
+  Optimiser(Parameters& parameters, const OptimiserOptions& options, int64_t steps, double largest_slope = -1);
 
   struct Step {
     bool was_applied = false;  // false: the loss or a gradient was not finite; nothing changed
@@ -43,7 +44,8 @@ class Optimiser {
   OptimiserOptions options_;
   int64_t total_steps_, num_applied_ = 0;
   std::vector<GroupState> groups_;
-  std::vector<at::Tensor> slopes_;  // kept at 0 or above
+  std::vector<at::Tensor> slopes_;
+  double largest_slope_;
 };
 
 }  // namespace sparsek::train

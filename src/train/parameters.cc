@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
 #include "base/quant.h"
@@ -103,6 +104,10 @@ Parameters base_parameters(const std::string& path) {
   return parameters;
 }
 
+void clamp_slope(at::Tensor& slope, double largest) {
+  slope.clamp_(0, largest < 0 ? std::numeric_limits<double>::infinity() : largest);
+}
+
 void add_scorers(Parameters& parameters, const model::ModelConfig& config, const ScorerOptions& options, int64_t seed) {
   if (!options.adapter.empty()) {
     const model::Adapter adapter = model::load_adapter(options.adapter, config);
@@ -122,7 +127,8 @@ void add_scorers(Parameters& parameters, const model::ModelConfig& config, const
       if (options.delayed) layer.alpha = at::full({1}, from.alpha, at::kFloat);
       layer.beta = from.beta;
       layer.gamma = from.gamma;
-      layer.slope = from.slope;
+      layer.slope = from.slope.clone();
+      clamp_slope(layer.slope, options.largest_slope);
     }
     return;
   }

@@ -102,7 +102,10 @@ Parameters random_parameters(const model::ModelConfig& config, const ModelOption
 // The weights of a model file, expanded to float32. Throws DataError for tensors that are missing, misshapen or hold
 // NaN or infinity.
 Parameters base_parameters(const std::string& path);
-// Puts fresh scorers into every layer, or those of options.adapter. Throws DataError when it is another model's.
+// Puts a layer's slopes in 0 to `largest`, in place; below 0 that is no limit.
+void clamp_slope(at::Tensor& slope, double largest);
+// Puts fresh scorers into every layer, or those of options.adapter, their slopes no larger than options.largest_slope.
+// Throws DataError when it is another model's.
 void add_scorers(Parameters& parameters, const model::ModelConfig& config, const ScorerOptions& options, int64_t seed);
 void add_lora(Parameters& parameters, int64_t rank, int64_t seed);
 

@@ -129,7 +129,7 @@ class Run {
         train_(open_batches(config, Split::kTrain)),
         validation_(open_batches(config, Split::kValidation)),
         validation_begin_(validation_->position()),
-        optimiser_(session_.network.parameters(), config.optimiser, config.run.steps),
+        optimiser_(session_.network.parameters(), config.optimiser, config.run.steps, config.scorer.largest_slope),
         folder_(config.run.folder + "/checkpoints"),
         carried_(session_.network) {
     if (exports_model()) check_exportable(session_.network.config(), config.model.base);

@@ -51,7 +51,7 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
   OptimiserOptions options = config.optimiser;
   options.scorer_lr = config.warm_start.lr;
   options.warmup_steps = std::min<int64_t>(options.warmup_steps, config.warm_start.steps / 10);
-  Optimiser optimiser(scorers, options, config.warm_start.steps);
+  Optimiser optimiser(scorers, options, config.warm_start.steps, config.scorer.largest_slope);
 
   std::vector<AttentionSettings> settings;  // of each layer
   for (size_t layer = 0; layer < scorers.layers.size(); ++layer) {

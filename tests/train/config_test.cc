@@ -63,6 +63,10 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_EQ(problem(kRecall, {"optimiser.scale_lr=-1"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"scorer.lookup_heads=-1"}), HasSubstr("scorer.lookup_heads"));
   EXPECT_THAT(problem(kRecall, {"scorer.lookup_slope=-1"}), HasSubstr("scorer.lookup_slope"));
+  EXPECT_THAT(problem(kRecall, {"scorer.largest_slope=-2"}), HasSubstr("scorer.largest_slope"));
+  EXPECT_THAT(problem(kRecall, {"scorer.largest_slope=0.5", "scorer.slope=1"}),
+              AllOf(HasSubstr("scorer.slope"), HasSubstr("at most scorer.largest_slope 0.5")));
+  EXPECT_EQ(problem(kRecall, {"scorer.largest_slope=0.5", "scorer.slope=0.5"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"scorer.lookup_heads=2", "recurrent.chunk=16"}), HasSubstr("fewer than 32 tokens"));
   EXPECT_THAT(problem(kRecall, {"attention.pool_size=100"}), HasSubstr("more than topk"));
   EXPECT_THAT(problem(kRecall, {"attention.layers=8+12, 8"}),

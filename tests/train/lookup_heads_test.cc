@@ -49,6 +49,20 @@ TEST(LookupHeads, HighestFirstAndOfEqualsTheFirst) {
   EXPECT_EQ(highest_heads(scores, 100).size(), 6U);
 }
 
+TEST(Slopes, StayInTheirRange) {
+  Network network = test::tiny_network({});
+  at::Tensor& slope = network.parameters().layers[0].slope;
+  {
+    const at::NoGradGuard no_grad;
+    slope.copy_(at::tensor({0.05, 0.01}));
+  }
+  Optimiser optimiser(network.parameters(), {.scorer_lr = 0.02, .warmup_steps = 0}, 10, 0.06);
+  slope.mutable_grad() = at::tensor({-1.0, 1.0}, slope.options());
+  ASSERT_TRUE(optimiser.apply(0, true).was_applied);
+  EXPECT_NEAR(slope[0].item<double>(), 0.06, 1e-7);
+  EXPECT_EQ(slope[1].item<double>(), 0);
+}
+
 TEST(LookupHeads, HeldSlopesStay) {
   Network network = test::tiny_network({});
   hold_slopes(network.parameters(), {{1, 0}}, 0.25);

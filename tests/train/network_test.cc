@@ -120,6 +120,35 @@ INSTANTIATE_TEST_SUITE_P(
                     InferenceCase{"layers_delayed", AttentionKind::kSparsek, 22, 0.7, 6, true, {{3, 17}, {20, 5}}}),
     [](const auto& info) { return info.param.name; });
 
+TEST(Scorers, OfAnAdapterGetNoLargerSlopes) {
+  const sparsek::test::TemporaryFolder folder;
+  sparsek::test::tiny_llama().write(folder.path());
+  const model::ModelConfig config = model::read_model_config(folder.path());
+  Parameters parameters = base_parameters(folder.path());
+  ScorerOptions options;
+  options.slope = 3;
+  options.delayed = false;
+  add_scorers(parameters, config, options, 3);
+  model::Adapter adapter;
+  adapter.attention = {.topk = 8, .window_size = 12, .num_sinks = 2, .far_distance = 0, .gate = Gate::kSoft};
+  for (const LayerParameters& layer : parameters.layers) {
+    adapter.layers.push_back(
+        {layer.scorer_hidden, layer.scorer_hidden_bias, layer.scorer, 0, layer.beta, layer.gamma, layer.slope});
+  }
+  options.adapter = folder.file("adapter.safetensors");
+  model::save_adapter(options.adapter, adapter, config);
+  for (const double largest : {-1.0, 0.25}) {
+    options.largest_slope = largest;
+    Parameters again = base_parameters(folder.path());
+    add_scorers(again, config, options, 3);
+    for (size_t i = 0; i < again.layers.size(); ++i) {
+      EXPECT_TRUE(again.layers[i].scorer.equal(parameters.layers[i].scorer));
+      EXPECT_EQ(again.layers[i].slope.min().item<double>(), largest < 0 ? 3 : largest);
+      EXPECT_EQ(again.layers[i].slope.max().item<double>(), largest < 0 ? 3 : largest);
+    }
+  }
+}
+
 class EveryKind : public testing::TestWithParam<AttentionKind> {};
 
 TEST_P(EveryKind, PackedDocumentsAreAlone) {
