@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Documents in which facts are told and come up again thousands of tokens later: practice for what a scorer should keep.
 
-    python3 scripts/retrieval_text.py OUT --text FOLDER [--documents 48] [--seed 1]
+    python3 scripts/retrieval_text.py OUT --text FOLDER [--documents 48] [--length 72000] [--farthest 30000] [--pending 16] [--seed 1]
 
 Paragraphs of FOLDER's .txt files (scripts/training_text.py makes them) with facts between them: a subject and a value that nothing else
-predicts. Each fact is told once and comes up again one to three times (fewer where the document ends), 500 to 7,500 tokens later in the same words,
-so that the values can be predicted from the earlier place alone. At most 16 facts are pending at a time. The wording, the subjects and the values differ from those of `sparsek
+predicts. Each fact is told once and comes up again one to three times (fewer where the document ends), 2,000 to `farthest` characters (500 to 7,500
+tokens) later in the same words, so that the values can be predicted from the earlier place alone. At most `pending` facts wait at a time. The wording, the subjects and the values differ from those of `sparsek
 needles` (no pass keys, no magic numbers), which measures. The same arguments give the same bytes.
 """
 import argparse
@@ -13,9 +13,7 @@ import pathlib
 import random
 import string
 
-LENGTH = 72_000  # characters of a document: about 18K tokens
-DISTANCE = (2_000, 30_000)  # characters between telling and asking
-PENDING = 16
+NEAREST = 2_000  # characters between telling and asking
 
 PLACES = ("north gate", "boiler room", "archive", "tea house", "third platform", "observatory", "map room", "lower dock", "green house",
           "mill", "printing shop", "east tower", "stable", "reading hall", "pump station", "chapel", "workshop", "lighthouse", "cellar",
@@ -75,7 +73,7 @@ def fact(rng):
                            colour=rng.choice(COLOURS), value="{value}"), value(rng)
 
 
-def document(paragraphs, rng):
+def document(paragraphs, rng, length, farthest, most_pending):
     parts, size, pending, subjects = [], 0, [], set()
     at = rng.randrange(len(paragraphs))
 
@@ -84,21 +82,21 @@ def document(paragraphs, rng):
         parts.append(text)
         size += len(text) + 2
 
-    while size < LENGTH:
+    while size < length:
         write(paragraphs[at % len(paragraphs)])
         at += 1
         for entry in [entry for entry in pending if entry["due"] <= size]:
             write(entry["text"])
             entry["times"] -= 1
-            entry["due"] = size + rng.randint(*DISTANCE)
+            entry["due"] = size + rng.randint(NEAREST, farthest)
         pending = [entry for entry in pending if entry["times"] > 0]
-        if size < LENGTH - DISTANCE[1] and len(pending) < PENDING and rng.random() < 0.5:  # later ones might never be asked
+        if size < length - farthest and len(pending) < most_pending and rng.random() < 0.5:  # later ones might never be asked
             subject, value = fact(rng)
             if subject not in subjects:
                 subjects.add(subject)
                 text = subject.format(value=value)
                 write(text)
-                pending.append({"text": text, "times": rng.randint(1, 3), "due": size + rng.randint(*DISTANCE)})
+                pending.append({"text": text, "times": rng.randint(1, 3), "due": size + rng.randint(NEAREST, farthest)})
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,8 +105,13 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--text", type=pathlib.Path, required=True, help="folder whose .txt files give the paragraphs")
     parser.add_argument("--documents", type=int, default=48)
+    parser.add_argument("--length", type=int, default=72_000, help="characters of a document (72,000: about 18K tokens)")
+    parser.add_argument("--farthest", type=int, default=30_000, help="most characters between telling and asking (30,000: 7.5K tokens)")
+    parser.add_argument("--pending", type=int, default=16, help="most facts that wait to come up again")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.farthest < NEAREST or arguments.length <= arguments.farthest or arguments.documents < 1 or arguments.pending < 1:
+        parser.error(f"expected --farthest of {NEAREST} or more, a longer --length, and at least 1 document and 1 pending fact")
     paragraphs = []
     for path in sorted(arguments.text.rglob("*.txt")):
         paragraphs += [p for p in path.read_text(encoding="utf-8").split("\n\n") if 200 <= len(p) <= 2000]
@@ -116,9 +119,9 @@ def main():
         parser.error(f"{arguments.text}: expected .txt files with paragraphs of 200 to 2,000 characters, found none")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number in range(arguments.documents):
-        text = document(paragraphs, random.Random(f"{arguments.seed}/{number}"))
+        text = document(paragraphs, random.Random(f"{arguments.seed}/{number}"), arguments.length, arguments.farthest, arguments.pending)
         (arguments.out / f"retrieval-{number:04}.txt").write_text(text, encoding="utf-8")
-    print(f"{arguments.out}: {arguments.documents} documents of about {LENGTH // 1000} kB")
+    print(f"{arguments.out}: {arguments.documents} documents of about {arguments.length // 1000} kB")
 
 
 if __name__ == "__main__":

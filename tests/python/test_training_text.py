@@ -97,11 +97,12 @@ def test_documents_of_another_run_are_not_mixed_in(tmp_path):
         training.refuse_documents_of_another_run(tmp_path)
 
 
-def test_facts_come_up_again_at_a_distance(tmp_path):
+@pytest.mark.parametrize("options, least_far", [((), 20_000), (("--length", "160000", "--farthest", "90000", "--pending", "40"), 60_000)], ids=("near", "far"))
+def test_facts_come_up_again_at_a_distance(tmp_path, options, least_far):
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("\n\n".join(f"Paragraph {i}: " + "filler " * 60 for i in range(200)))
     for out in ("one", "two"):
-        subprocess.run([sys.executable, ROOT / "scripts/retrieval_text.py", tmp_path / out, "--text", tmp_path / "text", "--documents", "2"], check=True)
+        subprocess.run([sys.executable, ROOT / "scripts/retrieval_text.py", tmp_path / out, "--text", tmp_path / "text", "--documents", "2", *options], check=True)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(names) == 2
     distances = []
@@ -117,8 +118,8 @@ def test_facts_come_up_again_at_a_distance(tmp_path):
         values = [fact.split(" ")[-1] for fact in facts]
         assert len(facts) > 20 and len({fact.rpartition(" ")[0] for fact in facts}) > 0.9 * len(facts)
         assert len(set(values)) > len(values) // 2
-    assert len(distances) > 40 and min(distances) >= retrieval.DISTANCE[0] - 500
-    assert max(distances) > 20_000
+    assert len(distances) > 40 and min(distances) >= retrieval.NEAREST - 500
+    assert max(distances) > least_far
 
 
 def test_practice_is_not_what_is_measured():
