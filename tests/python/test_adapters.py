@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from program import PROGRAM, ROOT, TEXT, run
+from program import PROGRAM, ROOT, TEXT, fails, run
 
 ADAPTER = "adapters/smollm2-135m.safetensors"
 
@@ -35,6 +35,17 @@ def test_a_budget_of_ones_own_is_said():
     text, notices = attention("--topk", 60)
     assert "topk 60 window 358 sinks 4 (means of layers with 320 to 576 keys)" in text and ADAPTER in text
     assert notices == "sparsek: topk 60 in every layer instead of the adapter's own\n"
+
+
+@pytest.mark.parametrize(("said", "instead", "mentions"), [(b"sparsek-adapter-2", b"sparsek-adapter-1", ["metadata layers", "expected none in format 'sparsek-adapter-1'"]),
+                                                           (b'"653"', b'"654"', ["metadata topk and window_size", "653 and 358", "654 and 358"]),
+                                                           (b"3580+512", b"9580+512", ["metadata topk and window_size", "853 and 358", "653 and 358"]),
+                                                           (b"3580+512", b"3580;512", ["metadata layers", "as 252+256, 508+512"])])
+def test_budgets_of_layers_that_contradict_the_file_are_refused(tmp_path, said, instead, mentions):
+    whole = (ROOT / ADAPTER).read_bytes()
+    assert whole.count(said) == 1 and len(said) == len(instead)
+    (tmp_path / "edited.safetensors").write_bytes(whole.replace(said, instead))
+    fails(1, "inspect", "--model", "smollm2", "--scorer", tmp_path / "edited.safetensors", mentions=["edited.safetensors", *mentions])
 
 
 def test_a_program_without_it_says_so(tmp_path):
