@@ -114,10 +114,16 @@ def main():
         parser.error(f"expected --farthest of {NEAREST} or more, a longer --length, and at least 1 document and 1 pending fact")
     paragraphs = []
     for path in sorted(arguments.text.rglob("*.txt")):
-        paragraphs += [p for p in path.read_text(encoding="utf-8").split("\n\n") if 200 <= len(p) <= 2000]
+        if arguments.out.resolve() in path.resolve().parents:
+            continue  # its own, of a run before
+        paragraphs += [p for p in path.read_text(encoding="utf-8", errors="replace").split("\n\n") if 200 <= len(p) <= 2000]
     if not paragraphs:
         parser.error(f"{arguments.text}: expected .txt files with paragraphs of 200 to 2,000 characters, found none")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    names = {f"retrieval-{number:04}.txt" for number in range(arguments.documents)}
+    for path in sorted(arguments.out.glob("retrieval-*.txt")):
+        if path.name not in names:
+            parser.error(f"{path}: expected no documents of another run; remove them")
     for number in range(arguments.documents):
         text = document(paragraphs, random.Random(f"{arguments.seed}/{number}"), arguments.length, arguments.farthest, arguments.pending)
         (arguments.out / f"retrieval-{number:04}.txt").write_text(text, encoding="utf-8")

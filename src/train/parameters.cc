@@ -127,7 +127,7 @@ void add_scorers(Parameters& parameters, const model::ModelConfig& config, const
       if (options.delayed) layer.alpha = at::full({1}, from.alpha, at::kFloat);
       layer.beta = from.beta;
       layer.gamma = from.gamma;
-      layer.slope = from.slope.clone();
+      layer.slope = from.slope;
       clamp_slope(layer.slope, options.largest_slope);
     }
     return;
