@@ -180,6 +180,7 @@ class WithoutEarly final : public BatchSource {
     }
   }
   int64_t vocab_size() const override { return batches_->vocab_size(); }
+  std::optional<int64_t> rows_per_epoch() const override { return batches_->rows_per_epoch(); }
 
  private:
   std::unique_ptr<BatchSource> batches_;

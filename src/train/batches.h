@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,8 @@ class BatchSource {
   // Throws DataError when the text is none of this source's.
   virtual void seek(const std::string& position) = 0;
   virtual int64_t vocab_size() const = 0;  // every id is below
+  // Rows that next() gives before it begins anew; nullopt: batches without end, or documents in chunks.
+  virtual std::optional<int64_t> rows_per_epoch() const { return std::nullopt; }
 };
 
 enum class Split : uint8_t { kTrain, kValidation };

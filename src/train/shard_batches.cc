@@ -43,6 +43,7 @@ class Packed final : public BatchSource {
   }
   std::string position() const override { return std::to_string(next_row_); }
   void seek(const std::string& position) override { next_row_ = parse_position(position, "in token shards"); }
+  std::optional<int64_t> rows_per_epoch() const override { return rows_.rows_per_epoch(); }
   int64_t vocab_size() const override { return documents_->shards.vocab_size(); }
 
  private:

@@ -12,6 +12,7 @@
 
 #include "base/atomic_file.h"
 #include "base/folder_lock.h"
+#include "base/saturate.h"
 #include "data/quote.h"
 #include "data/weight_view.h"
 #include "train/batches.h"
@@ -149,6 +150,7 @@ class Run {
     begin(resume);
     observer_.notice(fmt::format("{} learned parameters of {}", optimiser_.num_parameters(),
                                  session_.network.config().num_parameters()));
+    note_repeated_validation();
     if (step_ == 0 && config_.warm_start.steps > 0 && !was_resumed_) {
       if (!warm_start(session_, config_, *train_, observer_.notice, observer_.should_stop)) return stopped();
     }
@@ -196,6 +198,15 @@ class Run {
   }
 
  private:
+  void note_repeated_validation() const {
+    const std::optional<int64_t> rows = validation_->rows_per_epoch();
+    const int64_t asked = saturating_multiply(config_.validation.batches, config_.data.batch);
+    if (config_.validation.every == 0 || !rows || asked <= *rows) return;
+    observer_.notice(fmt::format(
+        "validation: {} batches of {} rows are {} rows, the held-out text fills {}: some count more than once",
+        config_.validation.batches, config_.data.batch, asked, *rows));
+  }
+
   // Where scorers alone are learned the base stays what it was.
   bool exports_model() const { return config_.trainable.part != "scorer"; }
 

@@ -123,6 +123,17 @@ def test_from_shards(tmp_path, more):
     program.fails(1, *command, f"run.folder={tmp_path / 'other'}", f"data.train={tmp_path / 'none'}", mentions=["none"])
 
 
+def test_says_when_validation_counts_rows_twice(tmp_path):
+    data, _ = shards(tmp_path)
+    command = ["train", *[key for key in TINY if not key.startswith("data.")], "model.vocab_size=49152", f"data.train={data}", f"data.validation={data}",
+               "data.seqlen=96", "data.batch=2", "run.steps=1", "validation.every=1"]
+    once = program.run(*command, "validation.batches=2", f"run.folder={tmp_path / 'once'}")
+    again = program.run(*command, "validation.batches=1000", f"run.folder={tmp_path / 'again'}")
+    assert once.returncode == again.returncode == 0, again.stderr.decode()
+    assert b"more than once" not in once.stderr
+    assert b"validation: 1000 batches of 2 rows are 2000 rows, the held-out text fills " in again.stderr
+
+
 def test_shards_of_another_tokenizer(tmp_path):
     data, _ = shards(tmp_path)
     other = tmp_path / "other"
