@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
-from program import run
+from program import ROOT, run
 
 MODEL = os.environ.get("SPARSEK_TEST_MODEL", "smollm2")
+ADAPTER = ROOT / "adapters/smollm2-135m.safetensors"  # a budget for each layer: windows of 256 and of 512 keys, 252 to 3,580 selected ones
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -20,7 +21,7 @@ def found(*arguments):
 
 # bfloat16 products in another order: the means differ as two runs on the CPU do with other chunks.
 @pytest.mark.parametrize("options", [["--topk", 60, "--window", 64], ["--topk", 60, "--window", 64, "--scorer", "key_norm", "--gate", "soft"],
-                                     ["--attention", "window", "--window", 100], ["--attention", "dense"]], ids=str)
+                                     ["--attention", "window", "--window", 100], ["--attention", "dense"], ["--scorer", ADAPTER]], ids=str)
 def test_losses_are_the_cpus(text, options):
     cpu = found("perplexity", text, *options)
     for chunk in (512, 100, 1):  # 1: every token a step, recorded with an empty window and again with a full one
@@ -31,9 +32,9 @@ def test_losses_are_the_cpus(text, options):
         assert abs(gpu["loss"] - cpu["loss"]) <= 0.02, chunk
 
 
-@pytest.mark.parametrize("attention", ["sparsek", "window", "dense"])
-def test_greedy_text_is_the_cpus(text, attention):
-    command = ["generate", "--file", text, "--max-tokens", 12, "--temperature", 0, "--attention", attention]
+@pytest.mark.parametrize("options", [["--attention", "sparsek"], ["--attention", "window"], ["--attention", "dense"], ["--scorer", ADAPTER]], ids=str)
+def test_greedy_text_is_the_cpus(text, options):
+    command = ["generate", "--file", text, "--max-tokens", 12, "--temperature", 0, *options]
     cpu, gpu = found(*command)["text"], found(*command, "--device", "cuda")["text"]
     assert gpu[:20] == cpu[:20] and gpu  # later, rounding may choose another token
 
