@@ -66,8 +66,10 @@ def losses(program, options, keep):
             rows[f"{path.parent.name}/{path.stem}"] = row
             keep(found)
             print(path.stem, {name: round(value, 4) for name, value in row.items()}, flush=True)
-    means = {part: {name: statistics.mean(row[name] for key, row in rows.items() if key.startswith(part)) for name in kinds(options)}
-             for part in ("manuals", "other")}
+    if not rows:
+        raise SystemExit(f"{options.text}: expected .txt files of {LENGTH} tokens and more in manuals or other, found none")
+    parts = {part: [row for key, row in rows.items() if key.startswith(part)] for part in ("manuals", "other")}
+    means = {part: {name: statistics.mean(row[name] for row in of_part) for name in kinds(options)} for part, of_part in parts.items() if of_part}
     print("means", means)
     return found | {"mean": means}
 
@@ -100,6 +102,8 @@ def context(program, options, keep):
             rows[name] = row
             keep(found)
             print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
+    if not rows:
+        raise SystemExit(f"{options.text}: expected documents that hold {LONG + TARGETS} tokens together in manuals or other, found none; --parts loss,needles leaves this out")
     return found | {"mean": {key: statistics.mean(row[key] for row in rows.values()) for key in next(iter(rows.values()))}}
 
 
@@ -107,6 +111,8 @@ def needles(program, options, keep):
     rows = {}
     found = {"samples": options.samples, "found": rows}
     with tempfile.TemporaryDirectory() as folder:
+        if not list((options.text / "other").glob("essays-*.txt")):
+            raise SystemExit(f"{options.text}: expected other/essays-*.txt to put needles into, found none; --parts loss,context leaves this out")
         text = pathlib.Path(folder) / "haystack.txt"
         text.write_text("\n\n".join(path.read_text() for path in sorted((options.text / "other").glob("essays-*.txt"))))
         for task in ("passkey", "keys"):

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from program import ROOT
 
 PROGRAM = """#!{python}
@@ -40,3 +41,10 @@ def test_keeps_what_it_has(tmp_path):
     untrained = [words for words in asked if "window_mass" in words]
     assert untrained and all("--scorer" in words and "--topk" in words for words in untrained)
     assert not any("dense" in words and "65536" in words for words in asked)  # beyond its positions
+
+
+@pytest.mark.parametrize(("part", "wanted"), [("loss", "8192 tokens and more"), ("context", "67584 tokens together"), ("needles", "other/essays-*.txt")])
+def test_says_which_text_is_missing(tmp_path, part, wanted):
+    result = subprocess.run([sys.executable, ROOT / "bench/adapted.py", "--text", tmp_path, "--adapter", "a.safetensors", "--parts", part,
+                             "--output", tmp_path / "out.json"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and wanted in result.stderr and "Traceback" not in result.stderr
