@@ -110,11 +110,12 @@ def context(program, options, keep):
 def needles(program, options, keep):
     rows = {}
     found = {"samples": options.samples, "found": rows}
+    essays = sorted((options.text / "other").glob("essays-*.txt"))
+    if not essays:
+        raise SystemExit(f"{options.text}: expected other/essays-*.txt to put needles into, found none; --parts loss,context leaves this out")
     with tempfile.TemporaryDirectory() as folder:
-        if not list((options.text / "other").glob("essays-*.txt")):
-            raise SystemExit(f"{options.text}: expected other/essays-*.txt to put needles into, found none; --parts loss,context leaves this out")
         text = pathlib.Path(folder) / "haystack.txt"
-        text.write_text("\n\n".join(path.read_text() for path in sorted((options.text / "other").glob("essays-*.txt"))))
+        text.write_text("\n\n".join(path.read_text() for path in essays))
         for task in ("passkey", "keys"):
             for tokens in (LENGTH, 2 * LENGTH, LONG):
                 for kind, flags in kinds(options).items():

@@ -120,13 +120,12 @@ def main():
     if not paragraphs:
         parser.error(f"{arguments.text}: expected .txt files with paragraphs of 200 to 2,000 characters, found none")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = {f"retrieval-{number:04}.txt" for number in range(arguments.documents)}
-    for path in sorted(arguments.out.glob("retrieval-*.txt")):
-        if path.name not in names:
-            parser.error(f"{path}: expected no documents of another run; remove them")
-    for number in range(arguments.documents):
+    paths = [arguments.out / f"retrieval-{number:04}.txt" for number in range(arguments.documents)]
+    for path in sorted(set(arguments.out.glob("retrieval-*.txt")) - set(paths)):
+        parser.error(f"{path}: expected no documents of another run; remove them")
+    for number, path in enumerate(paths):
         text = document(paragraphs, random.Random(f"{arguments.seed}/{number}"), arguments.length, arguments.farthest, arguments.pending)
-        (arguments.out / f"retrieval-{number:04}.txt").write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     print(f"{arguments.out}: {arguments.documents} documents of about {arguments.length // 1000} kB")
 
 

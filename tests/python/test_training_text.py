@@ -122,6 +122,38 @@ def test_facts_come_up_again_at_a_distance(tmp_path, options, least_far):
     assert max(distances) > least_far
 
 
+def make_retrieval(out, text, *options):
+    return subprocess.run([sys.executable, ROOT / "scripts/retrieval_text.py", out, "--text", text, *options], capture_output=True, text=True)
+
+
+def test_facts_again_into_the_text_itself_are_the_same(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"Paragraph {i}: " + "filler " * 60 for i in range(200)))
+    out = tmp_path / "facts"
+    found = []
+    for _ in range(2):
+        assert make_retrieval(out, tmp_path, "--documents", "2").returncode == 0
+        found.append([path.read_bytes() for path in sorted(out.iterdir())])
+    assert found[0] == found[1] and len(found[0]) == 2
+    fewer = make_retrieval(out, tmp_path, "--documents", "1")
+    assert fewer.returncode == 2 and "retrieval-0001.txt: expected no documents of another run" in fewer.stderr
+    assert [path.read_bytes() for path in sorted(out.iterdir())] == found[0]
+
+
+@pytest.mark.parametrize("options", [("--farthest", "1999"), ("--length", "30000"), ("--documents", "0"), ("--pending", "0")], ids=str)
+def test_facts_out_of_range_are_refused(tmp_path, options):
+    (tmp_path / "a.txt").write_text("filler " * 60)
+    result = make_retrieval(tmp_path / "facts", tmp_path, *options)
+    assert result.returncode == 2 and "expected --farthest of 2000 or more, a longer --length" in result.stderr
+    assert not (tmp_path / "facts").exists()
+
+
+def test_facts_take_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 60)
+    assert make_retrieval(tmp_path / "facts", tmp_path, "--documents", "1").returncode == 0
+    empty = make_retrieval(tmp_path / "more", tmp_path / "facts" / "none")
+    assert empty.returncode == 2 and "found none" in empty.stderr
+
+
 def test_practice_is_not_what_is_measured():
     source = (ROOT / "src/eval/needles.cc").read_text()
     words = set(re.search(r"kWords = \{(.*?)\};", source, re.S)[1].replace('"', "").replace(",", " ").split())
