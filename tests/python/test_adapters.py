@@ -20,7 +20,7 @@ def attention(*options, program=PROGRAM, cwd=None, **environment):
 def test_smollm2_takes_its_adapter_from_any_folder(tmp_path):
     for folder in (ROOT, tmp_path):
         text, notices = attention(cwd=folder)
-        assert text.startswith("sparsek topk 653 window 358 sinks 4 (means of layers with 512 to 4096 keys) gate soft scorer ") and f"/{ADAPTER} far-distance 1024" in text
+        assert text.startswith("sparsek topk 662 window 358 sinks 4 (means of layers with 448 to 6656 keys) gate soft scorer ") and f"/{ADAPTER} far-distance 1024" in text
         assert not notices
 
 
@@ -38,8 +38,8 @@ def test_a_budget_of_ones_own_is_said():
 
 
 @pytest.mark.parametrize(("said", "instead", "mentions"), [(b"sparsek-adapter-2", b"sparsek-adapter-1", ["metadata layers", "expected none in format 'sparsek-adapter-1'"]),
-                                                           (b'"653"', b'"654"', ["metadata topk and window_size", "653 and 358", "654 and 358"]),
-                                                           (b"3580+512", b"9580+512", ["metadata topk and window_size", "853 and 358", "653 and 358"]),
+                                                           (b'"662"', b'"663"', ["metadata topk and window_size", "662 and 358", "663 and 358"]),
+                                                           (b"3580+512", b"9580+512", ["metadata topk and window_size", "862 and 358", "662 and 358"]),
                                                            (b"3580+512", b"3580;512", ["metadata layers", "as 252+256, 508+512"])])
 def test_budgets_of_layers_that_contradict_the_file_are_refused(tmp_path, said, instead, mentions):
     whole = (ROOT / ADAPTER).read_bytes()
