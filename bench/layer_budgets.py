@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import tomllib
 
+import adapter_file
 import common
 
 
@@ -22,7 +23,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--adapter", type=pathlib.Path, required=True)
     parser.add_argument("--program", type=pathlib.Path, default=common.PROGRAM)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; a GPU takes 4")
     parser.add_argument("--spare", type=float, default=0.002, help="a layer whose loss rises by less gives half of its keys away")
@@ -57,21 +58,11 @@ def allocate(base, more, fewer, budget, spare, unit=128):
     return [half if give else (budget[0] + count * unit, budget[1]) for give, count in zip(gives, units)]
 
 
-def text(layers):
-    return ", ".join(f"{topk}+{window}" for topk, window in layers)
-
-
-def num_layers(adapter):
-    with open(adapter, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["num_layers"])
-
-
 def loss_with(options, layers):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="sparsek-budgets-"))
     try:
         command = [options.program, "train", options.config, *options.overrides, f"run.folder={folder / 'run'}", f"scorer.adapter={options.adapter}",
-                   f"attention.layers={text(layers)}", "warm_start.steps=0", "run.steps=1", "optimiser.lr=0", "optimiser.scorer_lr=0",
+                   f"attention.layers={adapter_file.text(layers)}", "warm_start.steps=0", "run.steps=1", "optimiser.lr=0", "optimiser.scorer_lr=0",
                    "optimiser.scale_lr=0", "scorer.lookup_heads=0", "schedule.anneal_steps=0", "schedule.topk_from=0", "schedule.window_from=0",
                    "loss.teacher=", "loss.kl=0", "loss.next_token=1", "validation.every=1", "run.log_every=1"]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -92,7 +83,7 @@ def main():
     if attention["layers"]:
         raise SystemExit(f"{options.config}: expected one budget for all layers, found attention.layers; add attention.layers= and an adapter that was trained so")
     budget = (attention["topk"], attention["window_size"])
-    layers = num_layers(options.adapter)
+    layers = int(adapter_file.read(options.adapter)[1]["num_layers"])
     alike = [budget] * layers
     # A far distance that followed the budgets would differ from run to run.
     if attention["far_distance"] < 0:
@@ -109,10 +100,10 @@ def main():
     more, fewer = ([found[kind, layer] for layer in range(layers)] for kind in ("more", "fewer"))
     proposal = allocate(found["base", 0], more, fewer, budget, options.spare)
     proposed = loss_with(options, proposal)
-    print(f"\nattention.layers = \"{text(proposal)}\"\nloss {proposed:.4f}, of one budget {found['base', 0]:.4f}, before any training with it")
+    print(f"\nattention.layers = \"{adapter_file.text(proposal)}\"\nloss {proposed:.4f}, of one budget {found['base', 0]:.4f}, before any training with it")
     common.save(f"layer_budgets_{options.name}", "python3 bench/layer_budgets.py",
-                {"adapter": options.adapter, "topk": budget[0], "window_size": budget[1], "loss": found["base", 0], "doubled": doubled(budget),
-                 "halved": halved(budget), "loss_with_more": more, "loss_with_fewer": fewer, "layers": text(proposal), "loss_with_layers": proposed},
+                {"adapter": str(options.adapter), "topk": budget[0], "window_size": budget[1], "loss": found["base", 0], "doubled": doubled(budget),
+                 "halved": halved(budget), "loss_with_more": more, "loss_with_fewer": fewer, "layers": adapter_file.text(proposal), "loss_with_layers": proposed},
                 options.output)
 
 

@@ -9,13 +9,12 @@ window are left out. `dense` is the model without any selection: it means someth
 """
 import argparse
 import concurrent.futures
-import json
 import pathlib
 import re
 import tempfile
 
+import adapter_file
 import common
-from layer_budgets import text as budgets_text
 
 
 def arguments():
@@ -34,38 +33,6 @@ def arguments():
     parser.add_argument("--name", default="smollm2", help="of the result: bench/results/needle_layers_NAME.json")
     parser.add_argument("--output", help="write the result there instead")
     return parser.parse_args()
-
-
-def read(path):
-    """Header, metadata taken out, and the bytes behind it."""
-    try:
-        data = path.read_bytes()
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:8 + size])
-        metadata = header.pop("__metadata__")
-        budgets(metadata)
-    except OSError as error:
-        raise SystemExit(f"{path}: expected an adapter, found {error.strerror.lower()}") from None
-    except (ValueError, KeyError, AttributeError):
-        raise SystemExit(f"{path}: expected an adapter as sparsek train writes it, found another file") from None
-    return header, metadata, data[8 + size:]
-
-
-def budgets(metadata):
-    """(topk, window) of each layer."""
-    if "layers" in metadata:
-        return [tuple(map(int, layer.split("+"))) for layer in metadata["layers"].split(",")]
-    return [(int(metadata["topk"]), int(metadata["window_size"]))] * int(metadata["num_layers"])
-
-
-def write(path, layers, header, metadata, tensors):
-    """The adapter with these budgets (src/model/adapter.h: format 2, topk and window_size are means)."""
-    metadata = metadata | {"format": "sparsek-adapter-2", "layers": budgets_text(layers)}
-    for key, values in zip(("topk", "window_size"), zip(*layers)):
-        metadata[key] = str((2 * sum(values) + len(values)) // (2 * len(values)))
-    text = json.dumps({"__metadata__": metadata, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
 
 
 def cases_of(spans, own, tokens):
@@ -100,8 +67,8 @@ def main():
     options = arguments()
     if options.jobs < 1:
         raise SystemExit(f"--jobs: expected 1 or more, found {options.jobs}")
-    header, metadata, tensors = read(options.adapter)
-    own = budgets(metadata)
+    header, metadata, tensors = adapter_file.read(options.adapter)
+    own = adapter_file.budgets(metadata)
     reach = max(window for _, window in own)
     cases = {"as they are": own, "dense": None} | cases_of(options.layers, own, options.tokens)
     # The adapter's distance for all: a layer that sees everything would ask for another, and the difference should be of keys alone.
@@ -113,7 +80,7 @@ def main():
             if cases[case] is None:
                 return needles(options, reach, "--attention", "dense")
             path = pathlib.Path(folder) / f"{case.replace(' ', '-')}.safetensors"
-            write(path, cases[case], header, metadata, tensors)
+            adapter_file.write(path, cases[case], header, metadata, tensors)
             return needles(options, reach, "--scorer", path, "--far-distance", distance)
 
         for case, row in zip(cases, pool.map(measured, cases)):
