@@ -125,9 +125,9 @@ def in_order(first, leave_out=r"(?!)"):
     """Pages of a DocBook manual in the order in which its "next" links read."""
 
     def pieces(root):
-        path = next(pathlib.Path(root).glob(first))
+        path = next(pathlib.Path(root).glob(first), None)
         seen = set()
-        while path not in seen and path.exists():
+        while path and path not in seen and path.exists():
             seen.add(path)
             source = read(path)
             if not re.search(leave_out, path.name):
@@ -144,7 +144,8 @@ def novels(pattern):
     """Jane Austen's novels as R's package stores them: a compressed character vector of lines a novel."""
 
     def pieces(root):
-        data = next(pathlib.Path(root).glob(pattern)).read_bytes()
+        path = next(pathlib.Path(root).glob(pattern), None)
+        data = path.read_bytes() if path else b""
         while data:
             unpacker = zlib.decompressobj()
             vector = unpacker.decompress(data[4:])  # before each: its length unpacked

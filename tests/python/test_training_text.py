@@ -57,6 +57,11 @@ def test_sources_begin_with_their_path_and_without_a_licence(tmp_path):
     assert [text for _, text in training.code("*.c", comment="//")(tmp_path)] == ["// a.c\n\nint a;\n", "// b.c\n/* what it does */\nint b;\n"]
 
 
+def test_pages_that_lie_elsewhere_are_none(tmp_path):
+    """So that the script can say which package has changed."""
+    assert list(training.in_order("no/index.html")(tmp_path)) == list(training.novels("no/*.rdb")(tmp_path)) == []
+
+
 def test_novels_are_read_from_the_package(tmp_path):
     def vector(*lines):
         return b"X\n" + b"".join(b"\x00\x04\x00\x09" + struct.pack(">I", len(line)) + line for line in lines)
