@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <utility>
@@ -126,12 +127,20 @@ void add_common(CLI::App& command, TrainArguments& arguments) {
   command.add_option("--checkpoint", arguments.checkpoint, "go on after this checkpoint's folder");
 }
 
-// Without a file: what examples/train/adapt_smollm2_scorer.toml was measured with (docs/adapting.md), but for what that
-// says of its texts and of SmolLM2's layers and heads.
+// Without a file: the scorer and its rates of examples/train/adapt_smollm2_scorer.toml (docs/adapting.md), with one
+// budget in all layers. Steps, rows and validation are the trainer's defaults.
 const std::vector<std::string> kRecipe = {
-    "attention.topk=508",       "attention.window_size=512", "scorer.hidden=64",         "scorer.delayed=false",
-    "scorer.slope=0.5",         "optimiser.scale_lr=2e-2",   "optimiser.scorer_lr=1e-3", "optimiser.warmup_steps=20",
-    "optimiser.weight_decay=0", "warm_start.steps=60"};
+    "attention.topk=508",       "attention.window_size=512", "scorer.hidden=64",
+    "scorer.delayed=false",     "scorer.slope=0.5",          "optimiser.scale_lr=2e-2",
+    "optimiser.scorer_lr=1e-3", "optimiser.warmup_steps=20", "optimiser.weight_decay=0"};
+constexpr const char* kRecipeWarmStart = "warm_start.steps=60";  // of new scorers: it would undo what trained ones know
+
+bool names_adapter(const std::vector<std::string>& overrides) {
+  constexpr std::string_view kKey = "scorer.adapter=";
+  return std::any_of(overrides.begin(), overrides.end(), [&](const std::string& argument) {
+    return argument.starts_with(kKey) && argument.size() > kKey.size();
+  });
+}
 
 }  // namespace
 
@@ -187,7 +196,10 @@ int run_adapt(const AdaptArguments& arguments) {
     throw_usage("--loss: expected next-token, kl or both, found {}", in_quotes(loss));
   }
   std::vector<std::string> overrides;
-  if (!has_file) overrides = kRecipe;
+  if (!has_file) {
+    overrides = kRecipe;
+    if (!names_adapter(arguments.train.overrides)) overrides.emplace_back(kRecipeWarmStart);
+  }
   overrides.push_back("model.base=" + arguments.model);
   if (!part.empty()) overrides.push_back("trainable.part=" + part);
   if (!loss.empty()) {

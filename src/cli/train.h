@@ -31,7 +31,7 @@ int run_train(const TrainArguments& arguments);
 struct AdaptArguments {
   TrainArguments train;
   std::string model, data, out;
-  std::string part, loss;  // empty: as --config says, or scorer and next-token
+  std::string part, loss;  // empty: as --config says, or scorer, and kl for that, next-token for others
 };
 void add_adapt(CLI::App& app, AdaptArguments& arguments);
 int run_adapt(const AdaptArguments& arguments);
