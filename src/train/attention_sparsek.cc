@@ -7,7 +7,6 @@
 #include <ATen/ops/silu.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "ops/state.h"
 #include "train/attention.h"

@@ -5,7 +5,6 @@
 
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -21,7 +20,7 @@ MetricsFile::MetricsFile(std::string path, int64_t step) : path_(std::move(path)
     if (!object.is_object() || object.value("step", int64_t{0}) > step) continue;  // a half-written line goes too
     kept += line + "\n";
   }
-  if (file.is_open() || !kept.empty()) write_file_atomically(path_, kept);
+  if (file.is_open()) write_file_atomically(path_, kept);
 }
 
 void MetricsFile::append(const StepReport& report) {

@@ -31,7 +31,6 @@ class Network {
   Network(model::ModelConfig config, Parameters parameters, AttentionSettings settings, NetworkOptions options);
 
   const model::ModelConfig& config() const { return config_; }
-  const AttentionSettings& settings() const { return settings_; }
   // With the budget of this layer.
   AttentionSettings settings_of_layer(int64_t layer) const;
   const NetworkOptions& options() const { return options_; }

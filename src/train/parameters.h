@@ -40,8 +40,6 @@ struct LayerParameters {
   Lora qkv_lora, attention_output_lora, gate_up_lora, down_lora;
   // Eq. 1, as in model/adapter.h: sparsek attention alone.
   at::Tensor scorer_hidden, scorer_hidden_bias, scorer, alpha, beta, gamma, slope;
-
-  bool has_scorer() const { return scorer.defined(); }
 };
 
 struct Parameters {

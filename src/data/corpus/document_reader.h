@@ -59,7 +59,6 @@ class DocumentReader {
   bool begin_document();  // false at the end of the file
   void read_text();       // more of it into text_
   void end_line();
-  void skip_line();  // counts it, or throws
   void close_file();
   std::string_view bytes();  // those at hand; empty at the end of the file
   void take(size_t count);   // of bytes()
