@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "data/quote.h"
+#include "model/config.h"
 #include "train/token_loss.h"
 
 namespace sparsek::train {
@@ -180,6 +181,7 @@ class WithoutEarly final : public BatchSource {
     }
   }
   int64_t vocab_size() const override { return batches_->vocab_size(); }
+  std::string fingerprint() const override { return batches_->fingerprint(); }
   std::optional<int64_t> rows_per_epoch() const override { return batches_->rows_per_epoch(); }
 
  private:
@@ -223,7 +225,9 @@ std::unique_ptr<BatchSource> open_all(const TrainConfig& config, Split split) {
   const DataOptions& data = config.data;
   if (data.task == "shards") return open_shards(config, split);
   // A window can pass something on once a layer: with this gap no window reaches from a question to its pair.
-  const int64_t window = largest_window(config.attention), gap = config.model.num_layers * window;
+  const int64_t num_layers =
+      config.model.base.empty() ? config.model.num_layers : model::read_model_config(config.model.base).num_layers;
+  const int64_t window = largest_window(config.attention), gap = num_layers * window;
   auto rows = make_recall({.batch = data.batch,
                            .seqlen = data.seqlen,
                            .num_pairs = data.recall_pairs,

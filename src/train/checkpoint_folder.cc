@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
+#include <optional>
 
 #include "base/atomic_file.h"
+#include "base/read_file.h"
 #include "base/sha256.h"
 #include "data/quote.h"
 
@@ -16,15 +17,9 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kPrefix = "step-";
-constexpr const char* kUnfinished = ".part";  // being written, or being removed
+constexpr const char* kUnfinished = ".part";   // being written
+constexpr const char* kBeingRemoved = ".old";  // moved out of the way first, so that what has a name is whole
 constexpr const char* kFormat = "sparsek-checkpoint-1";
-
-std::string text_of(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file.is_open() || file.bad()) throw_data("{}: expected a checkpoint's file, found none that can be read", path);
-  return text;
-}
 
 std::string sha256_of(const std::string& text) {
   Sha256 hash;
@@ -35,8 +30,43 @@ std::string sha256_of(const std::string& text) {
 // Failing to clean up is no error of the run.
 void remove_folder(const std::string& path) {
   std::error_code ignored;
-  fs::rename(path, path + kUnfinished, ignored);
-  fs::remove_all(ignored ? path : path + kUnfinished, ignored);
+  fs::remove_all(path + kBeingRemoved, ignored);
+  fs::rename(path, path + kBeingRemoved, ignored);
+  fs::remove_all(ignored ? path : path + kBeingRemoved, ignored);
+}
+
+// The step of a folder's name, when it is a checkpoint's.
+std::optional<int64_t> step_of(const std::string& name) {
+  if (!name.starts_with(kPrefix)) return std::nullopt;
+  const char *begin = name.data() + std::string_view(kPrefix).size(), *end = name.data() + name.size();
+  int64_t step = 0;
+  const auto [rest, error] = std::from_chars(begin, end, step);
+  if (error != std::errc() || rest != end) return std::nullopt;
+  return step;
+}
+
+Checkpoint read_checkpoint(const std::string& path) {
+  const std::string state_path = path + "/state.json";
+  Checkpoint checkpoint;
+  checkpoint.path = path;
+  std::string tensors_sha256;
+  try {
+    const nlohmann::json outer = nlohmann::json::parse(read_file(state_path));
+    const std::string wanted = outer.at("sha256").get<std::string>(), text = outer.at("content").get<std::string>();
+    if (const std::string found = sha256_of(text); found != wanted) {
+      throw_data("{}: expected SHA-256 {} of its content, found {}; the file is damaged", state_path, wanted, found);
+    }
+    const nlohmann::json whole = nlohmann::json::parse(text);
+    if (whole.at("format") != kFormat) {
+      throw_data("{}: expected format {}, found {}", state_path, kFormat, in_quotes(whole.at("format").dump()));
+    }
+    tensors_sha256 = whole.at("tensors_sha256").get<std::string>();
+    checkpoint.state = whole.at("state");
+  } catch (const nlohmann::json::exception&) {
+    throw_data("{}: expected a checkpoint's state, found something else; the file is damaged", state_path);
+  }
+  checkpoint.tensors = read_tensors(path + "/tensors.safetensors", tensors_sha256);
+  return checkpoint;
 }
 
 }  // namespace
@@ -49,12 +79,7 @@ std::vector<int64_t> CheckpointFolder::steps() const {
   std::vector<int64_t> steps;
   std::error_code missing;
   for (const fs::directory_entry& entry : fs::directory_iterator(path_, missing)) {
-    const std::string name = entry.path().filename().string();
-    if (!name.starts_with(kPrefix)) continue;
-    int64_t step = 0;
-    const char* begin = name.data() + std::string_view(kPrefix).size();
-    const auto [end, error] = std::from_chars(begin, name.data() + name.size(), step);
-    if (error == std::errc() && end == name.data() + name.size()) steps.push_back(step);
+    if (const std::optional<int64_t> step = step_of(entry.path().filename().string())) steps.push_back(*step);
   }
   std::sort(steps.begin(), steps.end());
   return steps;
@@ -90,38 +115,35 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
   }
 }
 
-Checkpoint load_checkpoint(const std::string& path) {
-  const std::string state_path = path + "/state.json";
-  Checkpoint checkpoint;
-  std::string tensors_sha256;
-  try {
-    const nlohmann::json outer = nlohmann::json::parse(text_of(state_path));
-    const std::string wanted = outer.at("sha256").get<std::string>(), text = outer.at("content").get<std::string>();
-    if (const std::string found = sha256_of(text); found != wanted) {
-      throw_data("{}: expected SHA-256 {} of its content, found {}; the file is damaged", state_path, wanted, found);
-    }
-    const nlohmann::json whole = nlohmann::json::parse(text);
-    if (whole.at("format") != kFormat) {
-      throw_data("{}: expected format {}, found {}", state_path, kFormat, in_quotes(whole.at("format").dump()));
-    }
-    tensors_sha256 = whole.at("tensors_sha256").get<std::string>();
-    checkpoint.state = whole.at("state");
-  } catch (const nlohmann::json::exception&) {
-    throw_data("{}: expected a checkpoint's state, found something else; the file is damaged", state_path);
+void CheckpointFolder::remove_unfinished() const {
+  std::vector<fs::path> found;
+  std::error_code ignored;
+  for (const fs::directory_entry& entry : fs::directory_iterator(path_, ignored)) {
+    const fs::path name = entry.path().filename();
+    const bool is_left_over = name.extension() == kUnfinished || name.extension() == kBeingRemoved;
+    if (is_left_over && step_of(name.stem().string())) found.push_back(entry.path());
   }
-  checkpoint.tensors = read_tensors(path + "/tensors.safetensors", tensors_sha256);
-  return checkpoint;
+  for (const fs::path& path : found) fs::remove_all(path, ignored);
+}
+
+Checkpoint load_checkpoint(const std::string& path) {
+  try {
+    return read_checkpoint(path);
+  } catch (const DataError& error) {
+    fs::path folder = path;
+    if (!folder.has_filename()) folder = folder.parent_path();  // step-00001000/
+    const std::optional<int64_t> step = step_of(folder.filename().string());
+    const CheckpointFolder checkpoints(folder.has_parent_path() ? folder.parent_path().string() : ".");
+    const std::vector<int64_t> all = checkpoints.steps();
+    const auto it = std::lower_bound(all.begin(), all.end(), step.value_or(0));
+    if (it == all.begin()) throw;
+    throw_data("{}; go on from the checkpoint before it with --checkpoint {}", error.what(),
+               checkpoints.path_of(*std::prev(it)));
+  }
 }
 
 Checkpoint CheckpointFolder::load(int64_t step) const {
-  try {
-    return load_checkpoint(path_of(step));
-  } catch (const DataError& error) {
-    const std::vector<int64_t> all = steps();
-    const auto it = std::lower_bound(all.begin(), all.end(), step);
-    if (it == all.begin()) throw;
-    throw_data("{}; go on from the checkpoint before it with --checkpoint {}", error.what(), path_of(*std::prev(it)));
-  }
+  return load_checkpoint(path_of(step));
 }
 
 }  // namespace sparsek::train

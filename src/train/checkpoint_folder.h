@@ -11,6 +11,7 @@
 namespace sparsek::train {
 
 struct Checkpoint {
+  std::string path;  // its folder
   nlohmann::json state;
   std::map<std::string, at::Tensor> tensors;
 };
@@ -25,14 +26,15 @@ class CheckpointFolder {
   // Throws WriteError when the disk is full; what was saved before stays. Then keeps the newest `keep`, and none of a
   // later step: those are of a run that was given up for an older checkpoint.
   void save(int64_t step, const nlohmann::json& state, const NamedTensors& tensors, int64_t keep);
-  // Throws DataError naming the damaged file, its hash and the checkpoint before it.
-  Checkpoint load(int64_t step) const;
+  Checkpoint load(int64_t step) const;  // as load_checkpoint
+  // What a run that was killed while it saved or cleaned up left behind. Nobody else may be saving here.
+  void remove_unfinished() const;
 
  private:
   std::string path_;
 };
 
-// One checkpoint by its folder.
+// One checkpoint by its folder. Throws DataError naming the damaged file, its hash and the checkpoint before it.
 Checkpoint load_checkpoint(const std::string& path);
 
 }  // namespace sparsek::train

@@ -58,6 +58,12 @@ void check_attention(const TrainConfig& config) {
                   "expected -1 (default), 0 (off) or no less than the largest window {}, found {}", window,
                   attention.far_distance);
     }
+    const int64_t far_distance = attention_config(config).far_distance, first_window = config.schedule.window_from;
+    if (far_distance > 0 && first_window > far_distance) {
+      throw_field("schedule.window_from",
+                  "expected at most attention.far_distance {}, found {}; give another far_distance, or 0 for none",
+                  far_distance, first_window);
+    }
   }
   const ScorerOptions& scorer = config.scorer;
   check_range("scorer.hidden", scorer.hidden, 0, int64_t{1} << 16);
@@ -106,7 +112,9 @@ void check_data(const TrainConfig& config) {
   if (data.task == "shards" && data.train.empty()) {
     throw_field("data.train", "expected the folder of token shards (sparsek tokenize makes one), found nothing");
   }
-  check_number("data.validation_fraction", data.validation_fraction, 0, 1);
+  if (!(data.validation_fraction >= 0 && data.validation_fraction < 1)) {
+    throw_field("data.validation_fraction", "expected 0 to below 1, found {}", data.validation_fraction);
+  }
   check_range("data.min_tokens", data.min_tokens, 2);
   if (data.task == "recall") {
     check_range("data.recall_pairs", data.recall_pairs, 1);
@@ -124,6 +132,11 @@ void check_data(const TrainConfig& config) {
   check_range("recurrent.chunk", recurrent.chunk, 0, int64_t{1} << 30);
   check_range("recurrent.bptt_chunks", recurrent.bptt_chunks, 1, int64_t{1} << 20);
   check_range("recurrent.dense_cache", recurrent.dense_cache, 1, int64_t{1} << 30);
+  constexpr int64_t kMostTokens = int64_t{1} << 30;  // of a batch
+  const int64_t row = recurrent.chunk > 0 ? recurrent.chunk : data.seqlen;
+  if (data.batch > kMostTokens / row) {
+    throw_field("data.batch", "expected at most {} rows of {} tokens, found {}", kMostTokens / row, row, data.batch);
+  }
 }
 
 void check_optimiser(const TrainConfig& config) {

@@ -3,11 +3,10 @@
 
 #include <toml++/toml.h>
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <numeric>
 
 #include "base/error.h"
+#include "base/read_file.h"
 #include "data/quote.h"
 #include "train/config.h"
 
@@ -182,10 +181,7 @@ TrainConfig parse_config(const std::string& text, const std::string& source,
 
 TrainConfig load_config(const std::string& path, const std::vector<std::string>& overrides) {
   if (path.empty()) return parse_config("", "", overrides);
-  std::ifstream file(path, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file.is_open() || file.bad()) throw_data("{}: expected a configuration file, found none that can be read", path);
-  return parse_config(text, path, overrides);
+  return parse_config(read_file(path), path, overrides);
 }
 
 std::string config_text(TrainConfig config) {

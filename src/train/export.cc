@@ -169,8 +169,9 @@ void export_card(const Network& network, const TrainConfig& config, const CardFa
                                                   : config.trainable.part);
   line("attention", model::describe(attention));
   if (attention.kind == model::AttentionKind::kSparsek) {
+    const at::Tensor& hidden = network.parameters().layers.front().scorer_hidden;  // scorer.adapter's, or scorer.hidden
     line("scorer", fmt::format("{}, timestep normalisation {}, delayed score {}",
-                               config.scorer.hidden > 0 ? fmt::format("MLP of {}", config.scorer.hidden) : "linear",
+                               hidden.defined() ? fmt::format("MLP of {}", hidden.size(0)) : "linear",
                                config.scorer.timestep_norm ? "on" : "off", config.scorer.delayed ? "on" : "off"));
   }
   const std::string teacher = config.loss.teacher.empty() ? "base" : "teacher " + config.loss.teacher;

@@ -135,7 +135,7 @@ Session open_session(const TrainConfig& config) {
     throw_field("attention.layers", "expected budgets of {} layers, found {}", model.num_layers, num_budgets);
   }
   std::optional<Network> teacher;
-  const bool needs_teacher = learns_from_teacher(config) || holds_lookup_heads(config);
+  const bool needs_teacher = learns_from_teacher(config) || config.warm_start.steps > 0 || holds_lookup_heads(config);
   if (needs_teacher && !config.loss.teacher.empty()) {
     teacher = named_teacher(config, model, settings, options);
   } else if (needs_teacher) {

@@ -19,7 +19,7 @@ Session open_session(const TrainConfig& config);
 
 // Whether the run, and not its begin alone, looks at a dense teacher.
 inline bool learns_from_teacher(const TrainConfig& config) {
-  return config.loss.kl > 0 || config.warm_start.steps > 0;
+  return config.loss.kl > 0;
 }
 
 // Whether scorer.lookup_heads asks for anything: only sparsek has slopes.

@@ -45,6 +45,7 @@ class Packed final : public BatchSource {
   void seek(const std::string& position) override { next_row_ = parse_position(position, "in token shards"); }
   std::optional<int64_t> rows_per_epoch() const override { return rows_.rows_per_epoch(); }
   int64_t vocab_size() const override { return documents_->shards.vocab_size(); }
+  std::string fingerprint() const override { return documents_->shards.fingerprint(); }
 
  private:
   std::unique_ptr<Documents> documents_;
@@ -70,6 +71,7 @@ class Chunked final : public BatchSource {
   std::string position() const override { return std::to_string(step_); }
   void seek(const std::string& position) override { step_ = parse_position(position, "in token shards"); }
   int64_t vocab_size() const override { return documents_->shards.vocab_size(); }
+  std::string fingerprint() const override { return documents_->shards.fingerprint(); }
 
  private:
   std::unique_ptr<Documents> documents_;

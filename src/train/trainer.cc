@@ -8,7 +8,6 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
-#include <numeric>
 
 #include "base/atomic_file.h"
 #include "base/folder_lock.h"
@@ -88,7 +87,7 @@ class Carried {
       for (size_t m = 0; m < members.size(); ++m) {
         const at::Tensor& saved = from.tensors.at(fmt::format("{}.{}.{}", name, i, m));
         if (saved.sizes() != members[m].sizes()) {
-          throw_data("checkpoint: tensor {}.{}.{}: expected shape {}, found {}", name, i, m,
+          throw_data("{}: tensor {}.{}.{}: expected shape {}, found {}", from.path, name, i, m,
                      shape_text(members[m].sizes()), shape_text(saved.sizes()));
         }
         members[m] = saved.to(members[m].device());
@@ -143,17 +142,29 @@ class Run {
     check_vocabulary("data", *train_);
     check_vocabulary("data.validation", *validation_);
     if (holds_lookup_heads(config)) hold_lookup_heads();
-    if (session_.teacher) teacher_carried_.emplace(*session_.teacher);
+    if (learns_from_teacher(config)) teacher_carried_.emplace(*session_.teacher);
   }
 
   TrainResult operator()(const Resume& resume) {
     begin(resume);
+    try {
+      return run();
+    } catch (const WriteError& error) {
+      throw WriteError(fmt::format("{}; {}", error.what(), how_to_go_on()));
+    }
+  }
+
+ private:
+  TrainResult run() {
+    write_file_atomically(config_.run.folder + "/config.toml", config_text(config_));
+    metrics_.emplace(config_.run.folder + "/metrics.jsonl", step_);
     observer_.notice(fmt::format("{} learned parameters of {}", optimiser_.num_parameters(),
                                  session_.network.config().num_parameters()));
     note_repeated_validation();
     if (step_ == 0 && config_.warm_start.steps > 0 && !was_resumed_) {
       if (!warm_start(session_, config_, *train_, observer_.notice, observer_.should_stop)) return stopped();
     }
+    if (!learns_from_teacher(config_)) session_.teacher.reset();
     Clock::time_point interval_begin = Clock::now();
     int64_t interval_tokens = 0, interval_steps = 0, skipped_in_a_row = 0;
     while (step_ < config_.run.steps) {
@@ -197,7 +208,6 @@ class Run {
     return result;
   }
 
- private:
   void note_repeated_validation() const {
     const std::optional<int64_t> rows = validation_->rows_per_epoch();
     const int64_t asked = saturating_multiply(config_.validation.batches, config_.data.batch);
@@ -230,7 +240,6 @@ class Run {
     }
     hold_slopes(session_.network.parameters(), lookup_heads_, config_.scorer.lookup_slope);
     observer_.notice(fmt::format("heads that look things up (layer.head, attention paid): {}", names));
-    if (!learns_from_teacher(config_)) session_.teacher.reset();
   }
 
   // Where the run starts: nothing saved yet, the newest checkpoint, or a named one.
@@ -249,8 +258,7 @@ class Run {
     } else if (resume.newest) {
       observer_.notice("nothing to resume: starting at step 0");
     }
-    write_file_atomically(config_.run.folder + "/config.toml", config_text(config_));
-    metrics_.emplace(config_.run.folder + "/metrics.jsonl", step_);
+    folder_.remove_unfinished();
   }
 
   StepReport one_step() {
@@ -356,33 +364,40 @@ class Run {
                             {"applied", optimiser_.num_applied()},
                             {"loss", last_loss_},
                             {"data", train_->position()},
+                            {"data_fingerprint", train_->fingerprint()},
+                            {"validation_fingerprint", validation_->fingerprint()},
                             {"config", config_text(config_)}};
-    if (last_validation_) state["validation"] = {last_validation_->loss, last_validation_->accuracy};
+    // JSON has no NaN: what was not finite counts as not measured.
+    if (last_validation_ && std::isfinite(last_validation_->loss)) {
+      state["validation"] = {last_validation_->loss, last_validation_->accuracy};
+    }
     NamedTensors tensors = optimiser_.tensors();
     if (config_.recurrent.chunk > 0) {
       carried_.save("carried", tensors, state);
       if (teacher_carried_) teacher_carried_->save("teacher_carried", tensors, state);
     }
-    try {
-      folder_.save(step_, state, tensors, config_.checkpoint.keep);
-    } catch (const WriteError& error) {
-      const std::vector<int64_t> saved = folder_.steps();
-      throw WriteError(fmt::format("{}; {}", error.what(),
-                                   saved.empty()
-                                       ? std::string("nothing was saved yet")
-                                       : folder_.path_of(saved.back()) + " is whole: make room, then --resume"));
-    }
+    folder_.save(step_, state, tensors, config_.checkpoint.keep);
+    whole_checkpoint_ = folder_.path_of(step_);
+  }
+
+  // After a full disk. A run that went back leaves later checkpoints, which may be damaged, until it saves one.
+  std::string how_to_go_on() const {
+    if (whole_checkpoint_.empty()) return "nothing was saved yet";
+    const std::vector<int64_t> saved = folder_.steps();
+    const bool is_newest = !saved.empty() && folder_.path_of(saved.back()) == whole_checkpoint_;
+    return fmt::format("{} is whole: make room, then {}", whole_checkpoint_,
+                       is_newest ? "--resume" : "--checkpoint " + whole_checkpoint_);
   }
 
   void load(const Checkpoint& checkpoint) {
     const at::NoGradGuard no_grad;
+    whole_checkpoint_ = checkpoint.path;
     for (auto& [name, tensor] : optimiser_.tensors()) {
       const auto it = checkpoint.tensors.find(name);
       if (it == checkpoint.tensors.end() || it->second.sizes() != tensor.sizes()) {
-        throw_data(
-            "checkpoint: tensor {}: expected shape {}, found {}; it is another model's, or another part was "
-            "learned",
-            name, shape_text(tensor.sizes()), it == checkpoint.tensors.end() ? "none" : shape_text(it->second.sizes()));
+        throw_data("{}: tensor {}: expected shape {}, found {}; it is another model's, or another part was learned",
+                   checkpoint.path, name, shape_text(tensor.sizes()),
+                   it == checkpoint.tensors.end() ? "none" : shape_text(it->second.sizes()));
       }
       at::Tensor(tensor).copy_(it->second);
     }
@@ -404,7 +419,8 @@ class Run {
       if (const auto loss = checkpoint.state.find("loss"); loss != checkpoint.state.end() && loss->is_number()) {
         last_loss_ = loss->get<double>();
       }
-      if (const auto found = checkpoint.state.find("validation"); found != checkpoint.state.end()) {
+      if (const auto found = checkpoint.state.find("validation");
+          found != checkpoint.state.end() && found->at(0).is_number()) {
         last_validation_ = Evaluation{found->at(0).get<double>(), found->at(1).get<double>()};
       }
       if (config_.recurrent.chunk > 0) {
@@ -412,13 +428,25 @@ class Run {
         if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint, config_.data.batch);
       }
       report_changes(checkpoint.state.at("config").get<std::string>());
+      report_other_text("data.train", checkpoint.state.value("data_fingerprint", ""), *train_);
+      report_other_text("data.validation", checkpoint.state.value("validation_fingerprint", ""), *validation_);
     } catch (const nlohmann::json::exception& error) {
-      throw_data("checkpoint: expected a state of this program, found another: {}", error.what());
+      throw_data("{}: expected a state of this program, found another: {}", checkpoint.path, error.what());
     } catch (const std::out_of_range&) {
-      throw_data("checkpoint: expected carried tensors of {} chunks, found others", config_.recurrent.chunk);
+      throw_data("{}: expected carried tensors of chunks of {}, found others", checkpoint.path,
+                 config_.recurrent.chunk);
     }
     was_resumed_ = true;
     observer_.notice(fmt::format("going on after step {}", step_));
+  }
+
+  // The same folder may hold other shards by now; the position is a number of rows, whatever they hold.
+  void report_other_text(const char* key, const std::string& saved, const BatchSource& source) const {
+    if (saved.empty() || saved == source.fingerprint()) return;
+    observer_.notice(
+        fmt::format("{} holds other text than when {} was saved: rows from here on are not those that an "
+                    "uninterrupted run would have read",
+                    key, whole_checkpoint_));
   }
 
   // A run that goes on with another configuration is allowed, and said.
@@ -451,6 +479,8 @@ class Run {
     try {
       export_tokenizer(config_.model.base, folder);
       return "the base's";
+    } catch (const WriteError&) {
+      throw;
     } catch (const DataError& error) {
       return fmt::format("none: {}", error.what());
     }
@@ -493,6 +523,7 @@ class Run {
 
   int64_t step_ = 0, tokens_ = 0, skipped_ = 0;
   bool was_applied_ = false, was_resumed_ = false;
+  std::string whole_checkpoint_;  // that this run loaded or saved last
   double last_loss_ = 0, tokens_per_second_ = 0, seconds_per_step_ = 0;
   std::optional<Evaluation> last_validation_;
   std::optional<FolderLock> lock_;

@@ -42,8 +42,8 @@ struct TrainResult {
   std::string exported;  // where the model, or the adapter alone, was written; empty unless complete
 };
 
-// Throws UsageError and DataError as its parts do; WriteError when the disk is full: the last whole checkpoint is
-// named.
+// Throws UsageError and DataError as its parts do; WriteError when the disk is full, naming the last whole checkpoint
+// and how to go on from it.
 TrainResult train(const TrainConfig& config, const Resume& resume, const Observer& observer);
 
 }  // namespace sparsek::train

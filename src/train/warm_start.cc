@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/error.h"
 #include "train/optimiser.h"
 
 namespace sparsek::train {
@@ -62,6 +63,7 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
     smallest_window = std::min(smallest_window, layer.attention.window_size);
   }
   const std::string begin = batches.position();
+  bool has_fitted = false;
   for (int64_t step = 0; step < config.warm_start.steps; ++step) {
     if (should_stop()) return false;
     const Batch batch = batches.next();
@@ -94,6 +96,7 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
           const at::Tensor loss =
               (centred.pow(2) * weight).sum() / (weight.sum() * static_cast<double>(u.size(0) * u.size(2))) * share;
           loss.backward();
+          has_fitted = true;
           sum.add_(loss.detach());
         });
       }
@@ -104,6 +107,12 @@ bool warm_start(Session& session, const TrainConfig& config, BatchSource& batche
       notice(
           fmt::format("warm start {} / {}: squared error of log mass {:.4f}", step + 1, config.warm_start.steps, loss));
     }
+  }
+  if (!has_fitted) {
+    throw_data(
+        "warm start: expected documents, in rows or chunks, longer than the smallest window of {} tokens, found none "
+        "in {} steps; give longer ones, or warm_start.steps=0",
+        smallest_window, config.warm_start.steps);
   }
   batches.seek(begin);
   return true;

@@ -123,6 +123,20 @@ def test_from_shards(tmp_path, more):
     program.fails(1, *command, f"run.folder={tmp_path / 'other'}", f"data.train={tmp_path / 'none'}", mentions=["none"])
 
 
+def test_says_when_the_text_is_another(tmp_path):
+    data, _ = shards(tmp_path)
+    command = ["train", *[key for key in TINY if not key.startswith("data.")], "model.vocab_size=49152", f"data.train={data}", "data.validation_fraction=0.3",
+               "data.seqlen=96", "data.batch=2", f"run.folder={tmp_path / 'run'}"]
+    assert program.run(*command, "run.steps=1").returncode == 0
+    same = program.run(*command, "run.steps=2", "--resume")
+    assert same.returncode == 0 and b"other text" not in same.stderr, same.stderr.decode()
+    shutil.rmtree(data)
+    (tmp_path / "texts" / "00.txt").write_text("Another beginning.\n" + program.TEXT * 4)
+    assert program.run("tokenize", tmp_path / "texts", "--model", program.MODEL, "--out", data).returncode == 0
+    other = program.run(*command, "run.steps=3", "--resume")
+    assert other.returncode == 0 and other.stderr.count(b"holds other text than when") == 2, other.stderr.decode()
+
+
 def test_says_when_validation_counts_rows_twice(tmp_path):
     data, _ = shards(tmp_path)
     command = ["train", *[key for key in TINY if not key.startswith("data.")], "model.vocab_size=49152", f"data.train={data}", f"data.validation={data}",
@@ -165,6 +179,8 @@ def test_adapt_takes_what_is_not_an_option_from_its_file(tmp_path):
     assert keys["optimiser"]["scale_lr"] == recipe["optimiser"]["scale_lr"]
     lora = tomllib.loads(program.run("adapt", "--model", program.MODEL, "--data", "none", "--train", "lora", "attention.topk=9", "--print-config").stdout.decode())
     assert (lora["loss"]["next_token"], lora["loss"]["kl"], lora["attention"]["topk"]) == (1, 0, 9)
+    again = tomllib.loads(program.run("adapt", "--model", program.MODEL, "--data", "none", "scorer.adapter=a.safetensors", "--print-config").stdout.decode())
+    assert (keys["warm_start"]["steps"], again["warm_start"]["steps"]) == (60, 0)  # which would undo what its scorers have learned
     path.write_text('[data]\ntask = "recall"\n')
     assert tomllib.loads(program.run("train", path, "--print-config").stdout.decode())["data"]["task"] == "recall"
 

@@ -95,6 +95,17 @@ TEST(TrainConfig, ChecksValues) {
   EXPECT_THAT(problem(kRecall, {"schedule.topk_from=600"}), HasSubstr("schedule.anneal_steps"));
   EXPECT_THAT(problem(kRecall, {"schedule.anneal_steps=9", "schedule.topk_from=900", "attention.pool_size=600"}),
               HasSubstr("more than schedule.topk_from 900"));
+  const std::vector<std::string> annealed = {"schedule.anneal_steps=9", "attention.topk=20",
+                                             "attention.window_size=30"};
+  EXPECT_THAT(problem(kRecall, {annealed[0], annealed[1], annealed[2], "schedule.window_from=300"}),
+              AllOf(HasSubstr("schedule.window_from"), HasSubstr("at most attention.far_distance")));
+  EXPECT_EQ(problem(kRecall,
+                    {annealed[0], annealed[1], annealed[2], "schedule.window_from=300", "attention.far_distance=300"}),
+            "no exception");
+  EXPECT_THAT(problem(kRecall, {"data.validation_fraction=1"}), HasSubstr("data.validation_fraction"));
+  EXPECT_THAT(problem(kRecall, {"data.batch=1048576"}),
+              AllOf(HasSubstr("data.batch"), HasSubstr("131072 rows of 8192")));
+  EXPECT_THAT(problem(kRecall, {"data.batch=1048576", "recurrent.chunk=4096"}), HasSubstr("262144 rows of 4096"));
   EXPECT_THAT(problem(kRecall, {"data.seqlen=100"}), HasSubstr("data.seqlen"));
   EXPECT_EQ(problem(kRecall, {"data.seqlen=600"}), "no exception");
   EXPECT_THAT(problem(kRecall, {"data.seqlen=600", "data.recall_repeats=2"}), HasSubstr("data.seqlen"));
@@ -113,6 +124,12 @@ TEST(TrainConfig, TextGivesTheSameConfig) {
   EXPECT_EQ(config_text(again), text);
   EXPECT_EQ(again.run.folder, "a\"b\\c\td");
   EXPECT_EQ(again.run.seed, 9007199254740993);
+}
+
+TEST(TrainConfig, FolderIsNoFile) {
+  const sparsek::test::TemporaryFolder folder;
+  EXPECT_THAT(sparsek::test::message_of<DataError>([&] { load_config(folder.path(), {}); }),
+              AllOf(HasSubstr(folder.path()), HasSubstr("Is a directory")));
 }
 
 TEST(TrainConfig, EveryKeyOnce) {

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "base/atomic_file.h"
 #include "base/error.h"
 #include "base/folder_lock.h"
 #include "model/adapter.h"
@@ -178,9 +179,10 @@ TEST(Trainer, FinishedRunSaysWhatItMeasured) {
 TEST(Trainer, OtherModelsCheckpoint) {
   const TemporaryFolder folder;
   train(tiny_config(folder.file("run")), {}, {});
-  EXPECT_THAT(message_of<DataError>(
-                  [&] { train(tiny_config(folder.file("run"), {"model.ffn_dim=56"}), {.newest = true}, {}); }),
-              AllOf(HasSubstr("gate_up"), HasSubstr("[112, 32]"), HasSubstr("[96, 32]")));
+  EXPECT_THAT(
+      message_of<DataError>(
+          [&] { train(tiny_config(folder.file("run"), {"model.ffn_dim=56"}), {.newest = true}, {}); }),
+      AllOf(HasSubstr("step-00000006: tensor"), HasSubstr("gate_up"), HasSubstr("[112, 32]"), HasSubstr("[96, 32]")));
 }
 
 TEST(Trainer, DamagedCheckpointNamesTheOneBefore) {
@@ -205,6 +207,14 @@ TEST(Trainer, DamagedCheckpointNamesTheOneBefore) {
     EXPECT_THAT(message_of<DataError>([&] { train(config, {.newest = true}, {}); }), HasSubstr("step-00000004"));
     std::ofstream(newest + file, std::ios::binary) << bytes;
   }
+  fs::rename(newest + "/state.json", newest + "/kept");
+  fs::create_directory(newest + "/state.json");
+  for (const std::string& named : {std::string(), newest, newest + "/"}) {
+    EXPECT_THAT(message_of<DataError>([&] { train(config, {.newest = named.empty(), .checkpoint = named}, {}); }),
+                AllOf(HasSubstr("state.json: cannot read"), HasSubstr("--checkpoint"), HasSubstr("step-00000004")));
+  }
+  fs::remove(newest + "/state.json");
+  fs::rename(newest + "/kept", newest + "/state.json");
   fs::resize_file(newest + "/tensors.safetensors", 100);
   const TrainResult result = train(config, {.checkpoint = folder.file("run/checkpoints/step-00000004")}, {});
   EXPECT_TRUE(result.is_complete);
@@ -216,6 +226,21 @@ TEST(Trainer, KeepsTheNewest) {
   train(tiny_config(folder.file("run"), {"checkpoint.every=1", "checkpoint.keep=2"}), {}, {});
   EXPECT_THAT(CheckpointFolder(folder.file("run/checkpoints")).steps(), testing::ElementsAre(5, 6));
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.file("run/checkpoints")), {}), 2);
+}
+
+TEST(Trainer, RemovesWhatAKillLeftBehind) {
+  const TemporaryFolder folder;
+  const TrainConfig config = tiny_config(folder.file("run"));
+  train(config, {}, stop_after(2));
+  const std::string checkpoints = folder.file("run/checkpoints/");
+  for (const char* name : {"step-00000004.part", "step-00000001.old", "mine.part"}) {
+    fs::create_directory(checkpoints + name);
+    std::ofstream(checkpoints + name + "/tensors.safetensors") << "half";
+  }
+  train(config, {.newest = true}, stop_after(1));
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(checkpoints)) names.push_back(entry.path().filename());
+  EXPECT_THAT(names, testing::UnorderedElementsAre("step-00000002", "step-00000003", "mine.part"));
 }
 
 // A run that went back: what it saves is the newest, whatever the run that was given up had saved.
@@ -239,23 +264,51 @@ TEST(Trainer, CarriedRowsStayAsMany) {
   }
 }
 
-// A limit on the size of files fails like a full disk.
+// A limit on the size of files fails like a full disk: what the call says then.
+std::string message_on_a_disk_of(rlim_t bytes, const TrainConfig& config, const Resume& resume) {
+  ::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  ::getrlimit(RLIMIT_FSIZE, &before);
+  const rlimit small{bytes, before.rlim_max};
+  ::setrlimit(RLIMIT_FSIZE, &small);
+  const std::string message = message_of<WriteError>([&] { train(config, resume, {}); });
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  return message;
+}
+
 TEST(Trainer, FullDiskLosesNothing) {
   const TemporaryFolder folder;
   const TrainConfig config = tiny_config(folder.file("run"));
   train(config, {}, stop_after(2));
-  ::signal(SIGXFSZ, SIG_IGN);
-  rlimit before{};
-  ::getrlimit(RLIMIT_FSIZE, &before);
-  const rlimit small{60000, before.rlim_max};
-  ::setrlimit(RLIMIT_FSIZE, &small);
-  const std::string message = message_of<DataError>([&] { train(config, {.newest = true}, {}); });
-  ::setrlimit(RLIMIT_FSIZE, &before);
-  EXPECT_THAT(message, AllOf(HasSubstr("step-00000002"), HasSubstr("is whole"), HasSubstr("--resume")));
+  for (const auto& [bytes, file] : {std::pair<rlim_t, const char*>{60000, "tensors.safetensors"},
+                                    {10000, "tensors.safetensors"},
+                                    {20, "config.toml"}}) {
+    EXPECT_THAT(message_on_a_disk_of(bytes, config, {.newest = true}),
+                AllOf(HasSubstr(file), HasSubstr("step-00000002 is whole: make room, then --resume")));
+  }
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.file("run/checkpoints")), {}), 1);
   train(config, {.newest = true}, {});
   train(tiny_config(folder.file("other")), {}, {});
   expect_same_bits(folder.file("run"), folder.file("other"), 6);
+  // A run that went back says where it was, not what the run that was given up left.
+  const std::string back = folder.file("run/checkpoints/step-00000004");
+  EXPECT_THAT(message_on_a_disk_of(60000, config, {.checkpoint = back}),
+              HasSubstr("step-00000004 is whole: make room, then --checkpoint " + back));
+}
+
+// A place that nothing can be written to, unlike a tokenizer that cannot be read, is no detail of the export.
+TEST(Trainer, TokenizerThatCannotBeWritten) {
+  const TemporaryFolder folder;
+  fs::create_directory(folder.file("base"));
+  sparsek::test::tiny_llama().write(folder.file("base"));
+  std::ofstream(folder.file("base/tokenizer.json")) << "{}";
+  fs::create_directories(folder.file("run/model/tokenizer.json/full"));
+  const TrainConfig config = tiny_config(folder.file("run"), {"model.base=" + folder.file("base")});
+  EXPECT_THAT(message_of<WriteError>([&] { train(config, {}, {}); }),
+              AllOf(HasSubstr("tokenizer.json"), HasSubstr("step-00000006 is whole")));
+  fs::remove_all(folder.file("run/model/tokenizer.json"));
+  EXPECT_TRUE(train(config, {.newest = true}, {}).is_complete);
+  EXPECT_TRUE(fs::is_regular_file(folder.file("run/model/tokenizer.json")));
 }
 
 TEST(Trainer, BrokenLossStopsTheRun) {
@@ -272,10 +325,32 @@ TEST(Trainer, BrokenLossStopsTheRun) {
   EXPECT_EQ(skipped, 49);
 }
 
+TEST(Trainer, GoesOnAfterAValidationThatWasNotFinite) {
+  const TemporaryFolder folder;
+  sparsek::test::TinyModel base = sparsek::test::tiny_llama();
+  for (float& value : base.tensors.at("model.norm.weight").values) value = 3e38f;
+  base.write(folder.path());
+  const TrainConfig config = tiny_config(folder.file("run"), {"model.base=" + folder.path(), "attention.kind=window"});
+  const TrainResult begun = train(config, {}, stop_after(3));
+  ASSERT_TRUE(begun.validation.has_value());
+  EXPECT_FALSE(std::isfinite(begun.validation->loss));
+  const TrainResult result = train(config, {.newest = true}, {});
+  EXPECT_TRUE(result.is_complete);
+  EXPECT_EQ(result.skipped_steps, 6);
+}
+
 TEST(Trainer, VocabularyMustFit) {
   const TemporaryFolder folder;
   EXPECT_THAT(message_of<DataError>([&] { train(tiny_config(folder.file("run"), {"model.vocab_size=17"}), {}, {}); }),
               AllOf(HasSubstr("17"), HasSubstr("18")));
+}
+
+// With a base model.num_layers says nothing, about how far a window passes something on either.
+TEST(Trainer, RecallsGapIsOfTheBasesLayers) {
+  const TemporaryFolder folder;
+  sparsek::test::tiny_llama().write(folder.path());
+  const TrainConfig config = tiny_config(folder.file("run"), {"model.base=" + folder.path(), "model.num_layers=50"});
+  EXPECT_NO_THROW(open_batches(config, Split::kTrain));
 }
 
 TEST(Trainer, BudgetsAreOfEveryLayer) {
@@ -420,6 +495,29 @@ TEST(Export, ComputesWhatWasTrained) {
     EXPECT_EQ(said.find("tokenizer: none: ") != said.npos, has_model && has_base) << "a base without a tokenizer";
     EXPECT_EQ(said.find("tokenizer: none, as there is no base") != said.npos, !has_base);
   }
+}
+
+// The card says what the scorers are, not what the configuration would have made.
+TEST(Export, CardSaysTheAdaptersWidth) {
+  const TemporaryFolder folder;
+  fs::create_directory(folder.file("base"));
+  sparsek::test::tiny_llama().write(folder.file("base"));
+  const std::vector<std::string> base = {"model.base=" + folder.file("base"), "trainable.part=scorer"};
+  train(tiny_config(folder.file("first"), base), {}, {});
+  train(tiny_config(folder.file("second"), {base[0], base[1], "scorer.hidden=16",
+                                            "scorer.adapter=" + folder.file("first/model/adapter.safetensors")}),
+        {}, {});
+  std::ifstream card(folder.file("second/model/README.md"));
+  EXPECT_THAT(std::string(std::istreambuf_iterator<char>(card), {}), HasSubstr("MLP of 8,"));
+}
+
+TEST(WarmStart, NothingToFitIsSaid) {
+  const TemporaryFolder folder;
+  sparsek::test::tiny_llama().write(folder.path());
+  const TrainConfig config = tiny_config(folder.file("run"), {"model.base=" + folder.path(), "trainable.part=scorer",
+                                                              "warm_start.steps=2", "recurrent.chunk=8"});
+  EXPECT_THAT(message_of<DataError>([&] { train(config, {}, {}); }),
+              AllOf(HasSubstr("warm start"), HasSubstr("longer than the smallest window of 8")));
 }
 
 TEST(WarmStart, FutureMassOfPlainAttention) {

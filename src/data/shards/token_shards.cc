@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/sha256.h"
 #include "data/json_file.h"
 #include "data/quote.h"
 #include "data/shards/format.h"
@@ -39,7 +40,6 @@ TokenShards::TokenShards(std::string folder) : folder_(std::move(folder)) {
     const json& job = manifest.at("job");
     tokenizer_ = job.at("tokenizer").at("sha256");
     vocab_size_ = job.at("tokenizer").at("vocab_size");
-    prefix_ = job.at("options").at("prefix").get<std::vector<TokenId>>();
     num_tokens = manifest.at("tokens");
     num_documents = manifest.at("documents");
     for (const json& shard : manifest.at("shards")) {
@@ -108,6 +108,12 @@ void TokenShards::read(int64_t begin, std::span<TokenId> out) const {
     begin += count;
     ++shard;
   }
+}
+
+std::string TokenShards::fingerprint() const {
+  Sha256 hash;
+  for (const std::string& shard : sha256_) hash.update(shard);
+  return hash.hex();
 }
 
 void TokenShards::check_tokenizer(const Tokenizer& tokenizer, std::string_view name) const {
