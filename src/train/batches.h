@@ -29,7 +29,7 @@ class BatchSource {
   // Throws DataError when the text is none of this source's.
   virtual void seek(const std::string& position) = 0;
   virtual int64_t vocab_size() const = 0;  // every id is below
-  // Of the text that batches come from; empty: they are generated.
+  // Of the files that batches come from; empty: they are generated.
   virtual std::string fingerprint() const { return {}; }
   // Rows that next() gives before it begins anew; nullopt: batches without end, or documents in chunks.
   virtual std::optional<int64_t> rows_per_epoch() const { return std::nullopt; }

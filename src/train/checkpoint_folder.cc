@@ -45,6 +45,12 @@ std::optional<int64_t> step_of(const std::string& name) {
   return step;
 }
 
+// step-00001000.part or .old.
+bool is_left_over(const fs::path& path) {
+  const bool has_suffix = path.extension() == kUnfinished || path.extension() == kBeingRemoved;
+  return has_suffix && step_of(path.stem().string()).has_value();
+}
+
 Checkpoint read_checkpoint(const std::string& path) {
   const std::string state_path = path + "/state.json";
   Checkpoint checkpoint;
@@ -99,7 +105,10 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
     const std::string text = whole.dump(1, ' ', false, nlohmann::json::error_handler_t::replace);
     write_file_atomically(part + "/state.json", nlohmann::json{{"sha256", sha256_of(text)}, {"content", text}}.dump());
     sync_folder(part);
-    if (fs::exists(final_path)) remove_folder(final_path);  // of a run that went back to an older checkpoint
+    // Of a run that was given up for an older checkpoint. Before this one has its name: a kill in between leaves what
+    // this run began with as the newest.
+    const std::vector<int64_t> saved = steps();
+    for (auto it = saved.rbegin(); it != saved.rend() && *it >= step; ++it) remove_folder(path_of(*it));
     fs::rename(part, final_path, error);
     if (error) throw WriteError(fmt::format("{}: cannot rename it: {}", part, error.message()));
     sync_folder(path_);
@@ -108,7 +117,6 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
     throw;
   }
   std::vector<int64_t> all = steps();
-  for (; all.back() > step; all.pop_back()) remove_folder(path_of(all.back()));
   while (static_cast<int64_t>(all.size()) > keep) {
     remove_folder(path_of(all.front()));
     all.erase(all.begin());
@@ -119,20 +127,19 @@ void CheckpointFolder::remove_unfinished() const {
   std::vector<fs::path> found;
   std::error_code ignored;
   for (const fs::directory_entry& entry : fs::directory_iterator(path_, ignored)) {
-    const fs::path name = entry.path().filename();
-    const bool is_left_over = name.extension() == kUnfinished || name.extension() == kBeingRemoved;
-    if (is_left_over && step_of(name.stem().string())) found.push_back(entry.path());
+    if (is_left_over(entry.path())) found.push_back(entry.path());
   }
   for (const fs::path& path : found) fs::remove_all(path, ignored);
 }
 
 Checkpoint load_checkpoint(const std::string& path) {
+  fs::path folder = path;
+  if (!folder.has_filename()) folder = folder.parent_path();  // step-00001000/
   try {
+    if (is_left_over(folder)) throw_data("{}: expected a whole checkpoint, found one half written or removed", path);
     return read_checkpoint(path);
   } catch (const DataError& error) {
-    fs::path folder = path;
-    if (!folder.has_filename()) folder = folder.parent_path();  // step-00001000/
-    const std::optional<int64_t> step = step_of(folder.filename().string());
+    const std::optional<int64_t> step = step_of(folder.stem().string());
     const CheckpointFolder checkpoints(folder.has_parent_path() ? folder.parent_path().string() : ".");
     const std::vector<int64_t> all = checkpoints.steps();
     const auto it = std::lower_bound(all.begin(), all.end(), step.value_or(0));

@@ -380,12 +380,13 @@ class Run {
     whole_checkpoint_ = folder_.path_of(step_);
   }
 
-  // After a full disk. A run that went back leaves later checkpoints, which may be damaged, until it saves one.
+  // After a full disk, or what else stands in the way. A run that went back leaves later checkpoints, which may be
+  // damaged, until it saves one.
   std::string how_to_go_on() const {
     if (whole_checkpoint_.empty()) return "nothing was saved yet";
     const std::vector<int64_t> saved = folder_.steps();
     const bool is_newest = !saved.empty() && folder_.path_of(saved.back()) == whole_checkpoint_;
-    return fmt::format("{} is whole: make room, then {}", whole_checkpoint_,
+    return fmt::format("{} is whole: put this right, then {}", whole_checkpoint_,
                        is_newest ? "--resume" : "--checkpoint " + whole_checkpoint_);
   }
 
@@ -428,8 +429,8 @@ class Run {
         if (teacher_carried_) teacher_carried_->load("teacher_carried", checkpoint, config_.data.batch);
       }
       report_changes(checkpoint.state.at("config").get<std::string>());
-      report_other_text("data.train", checkpoint.state.value("data_fingerprint", ""), *train_);
-      report_other_text("data.validation", checkpoint.state.value("validation_fingerprint", ""), *validation_);
+      report_other_shards("data.train", checkpoint.state.value("data_fingerprint", ""), *train_);
+      report_other_shards("data.validation", checkpoint.state.value("validation_fingerprint", ""), *validation_);
     } catch (const nlohmann::json::exception& error) {
       throw_data("{}: expected a state of this program, found another: {}", checkpoint.path, error.what());
     } catch (const std::out_of_range&) {
@@ -441,11 +442,11 @@ class Run {
   }
 
   // The same folder may hold other shards by now; the position is a number of rows, whatever they hold.
-  void report_other_text(const char* key, const std::string& saved, const BatchSource& source) const {
+  void report_other_shards(const char* key, const std::string& saved, const BatchSource& source) const {
     if (saved.empty() || saved == source.fingerprint()) return;
     observer_.notice(
-        fmt::format("{} holds other text than when {} was saved: rows from here on are not those that an "
-                    "uninterrupted run would have read",
+        fmt::format("{} holds other shards than when {} was saved: unless they are of the same documents, rows from "
+                    "here on are not those of an uninterrupted run",
                     key, whole_checkpoint_));
   }
 

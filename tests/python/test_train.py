@@ -123,18 +123,18 @@ def test_from_shards(tmp_path, more):
     program.fails(1, *command, f"run.folder={tmp_path / 'other'}", f"data.train={tmp_path / 'none'}", mentions=["none"])
 
 
-def test_says_when_the_text_is_another(tmp_path):
+def test_says_when_shards_are_others(tmp_path):
     data, _ = shards(tmp_path)
     command = ["train", *[key for key in TINY if not key.startswith("data.")], "model.vocab_size=49152", f"data.train={data}", "data.validation_fraction=0.3",
                "data.seqlen=96", "data.batch=2", f"run.folder={tmp_path / 'run'}"]
     assert program.run(*command, "run.steps=1").returncode == 0
     same = program.run(*command, "run.steps=2", "--resume")
-    assert same.returncode == 0 and b"other text" not in same.stderr, same.stderr.decode()
+    assert same.returncode == 0 and b"other shards" not in same.stderr, same.stderr.decode()
     shutil.rmtree(data)
     (tmp_path / "texts" / "00.txt").write_text("Another beginning.\n" + program.TEXT * 4)
     assert program.run("tokenize", tmp_path / "texts", "--model", program.MODEL, "--out", data).returncode == 0
     other = program.run(*command, "run.steps=3", "--resume")
-    assert other.returncode == 0 and other.stderr.count(b"holds other text than when") == 2, other.stderr.decode()
+    assert other.returncode == 0 and other.stderr.count(b"holds other shards than when") == 2, other.stderr.decode()
 
 
 def test_says_when_validation_counts_rows_twice(tmp_path):

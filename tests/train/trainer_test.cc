@@ -215,6 +215,10 @@ TEST(Trainer, DamagedCheckpointNamesTheOneBefore) {
   }
   fs::remove(newest + "/state.json");
   fs::rename(newest + "/kept", newest + "/state.json");
+  for (const char* suffix : {".part", ".old/"}) {
+    EXPECT_THAT(message_of<DataError>([&] { train(config, {.checkpoint = newest + suffix}, {}); }),
+                AllOf(HasSubstr("half written or removed"), HasSubstr("--checkpoint"), HasSubstr("step-00000004")));
+  }
   fs::resize_file(newest + "/tensors.safetensors", 100);
   const TrainResult result = train(config, {.checkpoint = folder.file("run/checkpoints/step-00000004")}, {});
   EXPECT_TRUE(result.is_complete);
@@ -284,7 +288,7 @@ TEST(Trainer, FullDiskLosesNothing) {
                                     {10000, "tensors.safetensors"},
                                     {20, "config.toml"}}) {
     EXPECT_THAT(message_on_a_disk_of(bytes, config, {.newest = true}),
-                AllOf(HasSubstr(file), HasSubstr("step-00000002 is whole: make room, then --resume")));
+                AllOf(HasSubstr(file), HasSubstr("step-00000002 is whole: put this right, then --resume")));
   }
   EXPECT_EQ(std::distance(fs::directory_iterator(folder.file("run/checkpoints")), {}), 1);
   train(config, {.newest = true}, {});
@@ -293,7 +297,7 @@ TEST(Trainer, FullDiskLosesNothing) {
   // A run that went back says where it was, not what the run that was given up left.
   const std::string back = folder.file("run/checkpoints/step-00000004");
   EXPECT_THAT(message_on_a_disk_of(60000, config, {.checkpoint = back}),
-              HasSubstr("step-00000004 is whole: make room, then --checkpoint " + back));
+              HasSubstr("step-00000004 is whole: put this right, then --checkpoint " + back));
 }
 
 // A place that nothing can be written to, unlike a tokenizer that cannot be read, is no detail of the export.

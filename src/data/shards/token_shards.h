@@ -34,7 +34,7 @@ class TokenShards {
   int64_t num_shards() const { return static_cast<int64_t>(shards_.size()); }
   int64_t vocab_size() const { return vocab_size_; }
   const std::string& tokenizer_fingerprint() const { return tokenizer_; }
-  std::string fingerprint() const;  // of the tokens, by the hashes in the manifest: hex
+  std::string fingerprint() const;  // of all files, by the hashes in the manifest: hex
 
   Document document(int64_t i) const;
   // Calls visit(i, document) for the documents from `first` on, in order, until it returns false or they end.
