@@ -7,7 +7,7 @@ BUILD := build/release
 .PHONY: help setup build cuda demo test bench bench-peers fuzz format format-check tidy wheel bundle clean
 help:
 	@echo "make demo     set up, build, then SmolLM2 reads a long text with SparseK attention (10 to 17 minutes on 2 cores)"
-	@echo "make test     set up, build, then every test (30 to 60 minutes on 2 cores)"
+	@echo "make test     set up, build, then every test (40 to 60 minutes on 2 cores)"
 	@echo "make build    the program ($(BUILD)/sparsek) and the Python package's library"
 	@echo "make cuda     the CUDA kernels with their check and timing programs, in build/cuda (no GPU needed to build)"
 	@echo "make bench    benchmarks into bench/results/ · bench-peers: the same beside llama.cpp (builds it: 10 minutes)"
