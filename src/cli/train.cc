@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <utility>
@@ -135,13 +134,6 @@ const std::vector<std::string> kRecipe = {
     "optimiser.scorer_lr=1e-3", "optimiser.warmup_steps=20", "optimiser.weight_decay=0"};
 constexpr const char* kRecipeWarmStart = "warm_start.steps=60";  // of new scorers: it would undo what trained ones know
 
-bool names_adapter(const std::vector<std::string>& overrides) {
-  constexpr std::string_view kKey = "scorer.adapter=";
-  return std::any_of(overrides.begin(), overrides.end(), [&](const std::string& argument) {
-    return argument.starts_with(kKey) && argument.size() > kKey.size();
-  });
-}
-
 }  // namespace
 
 void add_train(CLI::App& app, TrainArguments& arguments) {
@@ -196,10 +188,7 @@ int run_adapt(const AdaptArguments& arguments) {
     throw_usage("--loss: expected next-token, kl or both, found {}", in_quotes(loss));
   }
   std::vector<std::string> overrides;
-  if (!has_file) {
-    overrides = kRecipe;
-    if (!names_adapter(arguments.train.overrides)) overrides.emplace_back(kRecipeWarmStart);
-  }
+  if (!has_file) overrides = kRecipe;
   overrides.push_back("model.base=" + arguments.model);
   if (!part.empty()) overrides.push_back("trainable.part=" + part);
   if (!loss.empty()) {
@@ -211,7 +200,14 @@ int run_adapt(const AdaptArguments& arguments) {
   }
   if (!arguments.data.empty()) overrides.push_back("data.train=" + arguments.data);
   overrides.insert(overrides.end(), arguments.train.overrides.begin(), arguments.train.overrides.end());
-  return with_keys([&] { return run(train::load_config(arguments.train.config, overrides), arguments.train); });
+  return with_keys([&] {
+    train::TrainConfig config = train::load_config(arguments.train.config, overrides);
+    if (!has_file && config.scorer.adapter.empty()) {
+      overrides.insert(overrides.begin(), kRecipeWarmStart);  // what is given comes later, and wins
+      config = train::load_config("", overrides);
+    }
+    return run(config, arguments.train);
+  });
 }
 
 }  // namespace sparsek::cli

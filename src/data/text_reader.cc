@@ -43,4 +43,11 @@ std::string_view TextReader::next() {
   return {buffer_.data(), static_cast<size_t>(count)};
 }
 
+std::string read_text(const std::string& path) {
+  TextReader reader(path);
+  std::string text;
+  for (std::string_view chunk; !(chunk = reader.next()).empty();) text += chunk;
+  return text;
+}
+
 }  // namespace sparsek

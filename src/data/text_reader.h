@@ -31,4 +31,7 @@ class TextReader {
   std::vector<char> buffer_;
 };
 
+// All of a small text, read so.
+std::string read_text(const std::string& path);
+
 }  // namespace sparsek

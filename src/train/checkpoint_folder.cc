@@ -7,9 +7,9 @@
 #include <optional>
 
 #include "base/atomic_file.h"
-#include "base/read_file.h"
 #include "base/sha256.h"
 #include "data/quote.h"
+#include "data/text_reader.h"
 
 namespace sparsek::train {
 namespace {
@@ -57,7 +57,7 @@ Checkpoint read_checkpoint(const std::string& path) {
   checkpoint.path = path;
   std::string tensors_sha256;
   try {
-    const nlohmann::json outer = nlohmann::json::parse(read_file(state_path));
+    const nlohmann::json outer = nlohmann::json::parse(read_text(state_path));
     const std::string wanted = outer.at("sha256").get<std::string>(), text = outer.at("content").get<std::string>();
     if (const std::string found = sha256_of(text); found != wanted) {
       throw_data("{}: expected SHA-256 {} of its content, found {}; the file is damaged", state_path, wanted, found);
@@ -93,6 +93,7 @@ std::vector<int64_t> CheckpointFolder::steps() const {
 
 void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const NamedTensors& tensors, int64_t keep) {
   const std::string final_path = path_of(step), part = final_path + kUnfinished;
+  std::vector<int64_t> saved = steps();
   std::error_code error;
   fs::remove_all(part, error);
   fs::create_directories(part, error);
@@ -107,8 +108,7 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
     sync_folder(part);
     // Of a run that was given up for an older checkpoint. Before this one has its name: a kill in between leaves what
     // this run began with as the newest.
-    const std::vector<int64_t> saved = steps();
-    for (auto it = saved.rbegin(); it != saved.rend() && *it >= step; ++it) remove_folder(path_of(*it));
+    for (; !saved.empty() && saved.back() >= step; saved.pop_back()) remove_folder(path_of(saved.back()));
     fs::rename(part, final_path, error);
     if (error) throw WriteError(fmt::format("{}: cannot rename it: {}", part, error.message()));
     sync_folder(path_);
@@ -116,11 +116,8 @@ void CheckpointFolder::save(int64_t step, const nlohmann::json& state, const Nam
     fs::remove_all(part, error);
     throw;
   }
-  std::vector<int64_t> all = steps();
-  while (static_cast<int64_t>(all.size()) > keep) {
-    remove_folder(path_of(all.front()));
-    all.erase(all.begin());
-  }
+  const int64_t too_many = static_cast<int64_t>(saved.size()) + 1 - keep;
+  for (int64_t i = 0; i < too_many; ++i) remove_folder(path_of(saved[i]));
 }
 
 void CheckpointFolder::remove_unfinished() const {

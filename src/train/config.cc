@@ -28,6 +28,11 @@ void check_choice(const char* key, const std::string& value, std::initializer_li
   throw_field(key, "expected one of {}, found {}", wanted, in_quotes(value));
 }
 
+// That attention sees at once.
+int64_t tokens_of_a_row(const TrainConfig& config) {
+  return config.recurrent.chunk > 0 ? config.recurrent.chunk : config.data.seqlen;
+}
+
 void check_attention(const TrainConfig& config) {
   const AttentionOptions& attention = config.attention;
   check_choice("attention.kind", attention.kind, {"dense", "window", "sparsek"});
@@ -52,17 +57,17 @@ void check_attention(const TrainConfig& config) {
                 largest_topk, attention.pool_size);
   }
   if (attention.kind != "dense") {
-    const int64_t window = attention_config(config).largest_window();
+    const model::AttentionConfig used = attention_config(config);
+    const int64_t window = used.largest_window(), first_window = config.schedule.window_from;
     if (attention.far_distance > 0 && attention.far_distance < window) {
       throw_field("attention.far_distance",
                   "expected -1 (default), 0 (off) or no less than the largest window {}, found {}", window,
                   attention.far_distance);
     }
-    const int64_t far_distance = attention_config(config).far_distance, first_window = config.schedule.window_from;
-    if (far_distance > 0 && first_window > far_distance) {
+    if (used.far_distance > 0 && first_window > used.far_distance) {
       throw_field("schedule.window_from",
                   "expected at most attention.far_distance {}, found {}; give another far_distance, or 0 for none",
-                  far_distance, first_window);
+                  used.far_distance, first_window);
     }
   }
   const ScorerOptions& scorer = config.scorer;
@@ -81,7 +86,7 @@ void check_attention(const TrainConfig& config) {
     }
   }
   constexpr int64_t kShortest = 32;  // a head cannot be told from another by fewer tokens
-  const int64_t row = config.recurrent.chunk > 0 ? config.recurrent.chunk : config.data.seqlen;
+  const int64_t row = tokens_of_a_row(config);
   if (scorer.lookup_heads > 0 && row < kShortest) {
     throw_field("scorer.lookup_heads", "expected 0 with fewer than {} tokens a row or chunk ({}), found {}", kShortest,
                 row, scorer.lookup_heads);
@@ -133,7 +138,7 @@ void check_data(const TrainConfig& config) {
   check_range("recurrent.bptt_chunks", recurrent.bptt_chunks, 1, int64_t{1} << 20);
   check_range("recurrent.dense_cache", recurrent.dense_cache, 1, int64_t{1} << 30);
   constexpr int64_t kMostTokens = int64_t{1} << 30;  // of a batch
-  const int64_t row = recurrent.chunk > 0 ? recurrent.chunk : data.seqlen;
+  const int64_t row = tokens_of_a_row(config);
   if (data.batch > kMostTokens / row) {
     throw_field("data.batch", "expected at most {} rows of {} tokens, found {}", kMostTokens / row, row, data.batch);
   }

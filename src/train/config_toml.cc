@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "base/error.h"
-#include "base/read_file.h"
 #include "data/quote.h"
+#include "data/text_reader.h"
 #include "train/config.h"
 
 namespace sparsek::train {
@@ -181,7 +181,7 @@ TrainConfig parse_config(const std::string& text, const std::string& source,
 
 TrainConfig load_config(const std::string& path, const std::vector<std::string>& overrides) {
   if (path.empty()) return parse_config("", "", overrides);
-  return parse_config(read_file(path), path, overrides);
+  return parse_config(read_text(path), path, overrides);
 }
 
 std::string config_text(TrainConfig config) {

@@ -12,7 +12,6 @@
 
 #include "base/atomic_file.h"
 #include "base/mapped_file.h"
-#include "base/read_file.h"
 
 namespace sparsek {
 namespace {
@@ -54,7 +53,7 @@ TEST(Sha256, PiecesAndInstructionsDoNotMatter) {
   }
 }
 
-class FolderTest : public testing::Test {
+class AtomicFileTest : public testing::Test {
  protected:
   void SetUp() override {
     std::string pattern = (std::filesystem::temp_directory_path() / "sparsek_test_XXXXXX").string();
@@ -68,8 +67,6 @@ class FolderTest : public testing::Test {
   }
   std::filesystem::path folder_;
 };
-using AtomicFileTest = FolderTest;
-using ReadFileTest = FolderTest;
 
 TEST_F(AtomicFileTest, AppearsWholeOrNotAtAll) {
   const std::string path = folder_ / "file";
@@ -132,25 +129,6 @@ TEST_F(AtomicFileTest, SaysWhatStandsInTheWay) {
   ::setrlimit(RLIMIT_FSIZE, &before);
   EXPECT_NE(message.find("large: cannot write it: File too large"), std::string::npos) << message;
   EXPECT_FALSE(std::filesystem::exists(folder_ / "large"));
-}
-
-TEST_F(ReadFileTest, AllOfItOrAnErrorWithItsName) {
-  const std::string path = folder_ / "text";
-  for (const size_t size : {0, 1, 65535, 65536, 65537, 300000}) {
-    const std::string text(size, 'x');
-    std::ofstream(path, std::ios::binary) << text;
-    EXPECT_EQ(read_file(path), text);
-  }
-  const auto message = [](const std::string& of) {
-    try {
-      read_file(of);
-    } catch (const DataError& error) {
-      return std::string(error.what());
-    }
-    return std::string();
-  };
-  EXPECT_EQ(message(folder_), folder_.string() + ": cannot read: Is a directory");
-  EXPECT_EQ(message(folder_ / "none"), (folder_ / "none").string() + ": cannot open: No such file or directory");
 }
 
 }  // namespace

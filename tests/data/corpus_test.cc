@@ -9,6 +9,7 @@
 #include "data/corpus/document_reader.h"
 #include "data/corpus/inputs.h"
 #include "data/corpus/json_line.h"
+#include "data/text_reader.h"
 #include "data/tokenizer.h"
 #include "data/utf8.h"
 #include "tests/data/support.h"
@@ -294,6 +295,16 @@ TEST(Fingerprint, ChangesWithWhatDecidesIds) {
   changed = json::parse(plain);
   changed["added_tokens"][0]["content"] = "<|stop|>";
   EXPECT_NE(fingerprint(plain), fingerprint(changed.dump()));
+}
+
+TEST(ReadText, AllOfItOrAnErrorWithItsName) {
+  const TemporaryFolder folder;
+  for (const size_t size : {0, 1, 65535, 65536, 65537, 300000}) {
+    const std::string text(size, 'x');
+    EXPECT_EQ(read_text(folder.write("text", text)), text);
+  }
+  expect_refused([&] { read_text(folder.file(".")); }, {folder.file("."), "found a directory"});
+  expect_refused([&] { read_text(folder.file("none")); }, {folder.file("none"), "cannot open", "No such file"});
 }
 
 }  // namespace

@@ -129,7 +129,7 @@ TEST(TrainConfig, TextGivesTheSameConfig) {
 TEST(TrainConfig, FolderIsNoFile) {
   const sparsek::test::TemporaryFolder folder;
   EXPECT_THAT(sparsek::test::message_of<DataError>([&] { load_config(folder.path(), {}); }),
-              AllOf(HasSubstr(folder.path()), HasSubstr("Is a directory")));
+              AllOf(HasSubstr(folder.path()), HasSubstr("found a directory")));
 }
 
 TEST(TrainConfig, EveryKeyOnce) {
